@@ -1,0 +1,186 @@
+"""The vocabulary: tokens, types and merges from hy.tiktoken, hunyuan.tiktoken or tokenizer.json.
+
+No Python of the checkpoint is run: the ranks are in the file, and the special tokens follow them in the layout
+of Tencent's HYTokenizer. Text forms use GPT-2's byte alphabet, in which every byte is one printable character.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+from hymoe.convert.config import read_json
+from hymoe.errors import CheckpointError, UnsupportedError
+
+TIKTOKEN_NAMES = ("hy.tiktoken", "hunyuan.tiktoken")
+TOKENIZER_JSON = "tokenizer.json"
+
+# Tencent's HYTokenizer: these follow the ranks, then <|extra_0|> and on.
+SPECIALS = ("<|endoftext|>", "<|startoftext|>", "<|bos|>", "<|eos|>", "<|pad|>")
+
+# The pre-tokenizer that GGUF calls "hunyuan" (HYTokenizer's PAT_STR).
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class TokenType(IntEnum):
+    """`tokenizer.ggml.token_type` values."""
+
+    NORMAL = 1
+    CONTROL = 3
+    USER_DEFINED = 4
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """n_vocab tokens in GGUF's text form, their types, and the BPE merges ("left right") in order of rank."""
+
+    tokens: list[str]
+    types: list[int]
+    merges: list[str]
+    source: str
+
+    def id(self, token: str) -> int:
+        """Give the id of a token by its text. Raises CheckpointError where the vocabulary has none."""
+        try:
+            return self.tokens.index(token)
+        except ValueError:
+            raise CheckpointError(f"{self.source}: no token {token}", fix="is this a HunYuan vocabulary?") from None
+
+
+def read_vocabulary(folder: Path, n_vocab: int, n_extra: int) -> Vocabulary:
+    """Read the checkpoint's vocabulary of exactly n_vocab tokens, n_extra of them <|extra_N|> tokens.
+
+    Raises CheckpointError where no vocabulary file is there, or where it disagrees with n_vocab.
+    """
+    for name in TIKTOKEN_NAMES:
+        if (folder / name).is_file():
+            vocabulary = _from_ranks(read_ranks(folder / name), n_extra, name)
+            break
+    else:
+        if not (folder / TOKENIZER_JSON).is_file():
+            wanted = ", ".join([*TIKTOKEN_NAMES, TOKENIZER_JSON])
+            raise CheckpointError(f"{folder}: vocabulary", got="none", expected=f"one of {wanted}")
+        vocabulary = _from_tokenizer_json(folder / TOKENIZER_JSON)
+    if len(vocabulary.tokens) != n_vocab:
+        raise CheckpointError(
+            f"{vocabulary.source}",
+            got=f"{len(vocabulary.tokens)} tokens with the special ones",
+            expected=f"vocab_size {n_vocab} of config.json",
+            fix="take both files from the same repository",
+        )
+    return vocabulary
+
+
+def read_ranks(path: Path) -> list[bytes]:
+    """Read a tiktoken file: a line "base64 rank" per token, in order of rank. Returns the tokens' bytes."""
+    ranks: list[bytes] = []
+    try:
+        for i, line in enumerate(path.read_bytes().splitlines()):
+            token, rank = line.split()
+            if int(rank) != i:
+                raise ValueError(f"line {i + 1} has rank {int(rank)}")
+            ranks.append(base64.b64decode(token, validate=True))
+    except (ValueError, binascii.Error, OSError) as exc:
+        raise CheckpointError(f"{path.name}: not a tiktoken file ({exc})", expected='lines of "base64 rank"') from exc
+    distinct = set(ranks)
+    missing = [byte for byte in range(256) if bytes([byte]) not in distinct]
+    if len(distinct) != len(ranks) or b"" in distinct or missing:
+        what = f"no token for byte {missing[0]}" if missing else "an empty token or one that is there twice"
+        raise CheckpointError(f"{path.name}: {what}", fix="download the file again")
+    return ranks
+
+
+def byte_alphabet() -> list[str]:
+    """GPT-2's character for each byte: printable ones stand for themselves, others move to U+0100 and on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    moved = iter(range(0x100, 0x200))
+    return [chr(byte) if byte in printable else chr(next(moved)) for byte in range(256)]
+
+
+def text_form() -> Callable[[bytes], str]:
+    """Give a function from a token's bytes to its text form."""
+    table = dict(enumerate(byte_alphabet()))
+    return lambda token: token.decode("latin-1").translate(table)
+
+
+def merges_of(ranks: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:
+    """Recover, in order of rank, the two tokens that byte-pair encoding joins last to make each token.
+
+    Each token is encoded from its bytes with merges of lower rank only, as tiktoken does; what is left is the pair.
+    A token that is left in more than two pieces can only be met as a whole, and is skipped.
+    """
+    rank_of = {token: rank for rank, token in enumerate(ranks)}
+    for rank, token in enumerate(ranks):
+        pieces = _encode_below(rank, token, rank_of) if len(token) > 2 else [token[:1], token[1:]]
+        if len(token) > 1 and len(pieces) == 2:
+            yield pieces[0], pieces[1]
+
+
+def _encode_below(limit: int, token: bytes, rank_of: dict[bytes, int]) -> list[bytes]:
+    pieces = [token[i : i + 1] for i in range(len(token))]
+    while True:
+        best, at = limit, -1
+        for i in range(len(pieces) - 1):
+            rank = rank_of.get(pieces[i] + pieces[i + 1], limit)
+            if rank < best:
+                best, at = rank, i
+        if at < 0:
+            return pieces
+        pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
+
+
+def _from_ranks(ranks: list[bytes], n_extra: int, source: str) -> Vocabulary:
+    text = text_form()
+    specials = [*SPECIALS, *(f"<|extra_{i}|>" for i in range(n_extra))]
+    return Vocabulary(
+        tokens=[*map(text, ranks), *specials],
+        types=[int(TokenType.NORMAL)] * len(ranks) + [int(TokenType.CONTROL)] * len(specials),
+        merges=[f"{text(left)} {text(right)}" for left, right in merges_of(ranks)],
+        source=source,
+    )
+
+
+def _from_tokenizer_json(path: Path) -> Vocabulary:
+    data = read_json(path)
+    model = data.get("model")
+    if not isinstance(model, dict) or model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):
+        raise UnsupportedError(f"{path.name}: model", got=_kind(model), expected="a BPE model with a vocab")
+    _check_pattern(data.get("pre_tokenizer"), path.name)
+    tokens: dict[int, str] = {}
+    types: dict[int, int] = {}
+    for token, token_id in model["vocab"].items():
+        tokens[token_id], types[token_id] = token, TokenType.NORMAL
+    for added in data.get("added_tokens") or []:
+        token_id = added["id"]
+        tokens[token_id] = added["content"]
+        types[token_id] = TokenType.CONTROL if added.get("special") else TokenType.USER_DEFINED
+    if sorted(tokens) != list(range(len(tokens))):
+        raise CheckpointError(f"{path.name}: token ids", got="gaps", expected="0, 1, 2, …")
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges") or []]
+    ids = range(len(tokens))
+    return Vocabulary([tokens[i] for i in ids], [int(types[i]) for i in ids], merges, path.name)
+
+
+def _check_pattern(pre_tokenizer: Any, source: str) -> None:
+    found = [node["pattern"].get("Regex") for node in _nodes(pre_tokenizer) if isinstance(node.get("pattern"), dict)]
+    if found != [PATTERN]:
+        raise UnsupportedError(f"{source}: pre_tokenizer", got=json.dumps(found)[:80], expected="HunYuan's pattern")
+
+
+def _nodes(value: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(value, dict):
+        yield value
+        for item in value.get("pretokenizers") or []:
+            yield from _nodes(item)
+
+
+def _kind(model: Any) -> str:
+    return str(model.get("type")) if isinstance(model, dict) else type(model).__name__

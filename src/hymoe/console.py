@@ -1,0 +1,153 @@
+"""The one module that prints.
+
+Results go to stdout; status, progress and errors go to stderr. Bars and colour appear only on a
+terminal (and never with NO_COLOR); elsewhere progress is a plain line every few seconds.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+from hymoe.errors import HyError
+
+if TYPE_CHECKING:
+    import typer
+    from rich.console import RenderableType
+
+PLAIN_PROGRESS_SECONDS = 5.0
+
+_verbosity = 0
+
+
+class Tick(Protocol):
+    """What a progress context hands out: call it with the amount of work just finished."""
+
+    def __call__(self, amount: float, /) -> None:
+        """Report `amount` more units done."""
+
+
+def set_verbosity(*, quiet: bool = False, verbose: bool = False) -> None:
+    """Choose what stderr shows: errors and warnings only, the usual, or details as well."""
+    global _verbosity  # noqa: PLW0603 - one process, one console
+    _verbosity = -1 if quiet else 1 if verbose else 0
+
+
+def result(text: str = "", *, end: str = "\n") -> None:
+    """Write to stdout: what the command was asked for."""
+    sys.stdout.write(text + end)
+    sys.stdout.flush()
+
+
+def table(renderable: RenderableType) -> None:
+    """Write a rich table (or any renderable) to stdout."""
+    from rich.console import Console
+
+    Console(file=sys.stdout, highlight=False).print(renderable)
+
+
+def status(text: str) -> None:
+    """Write a line to stderr unless -q."""
+    if _verbosity >= 0:
+        _err(text)
+
+
+def detail(text: str) -> None:
+    """Write a line to stderr with -v only."""
+    if _verbosity > 0:
+        _err(text)
+
+
+def warn(text: str) -> None:
+    """Write a warning to stderr, -q or not."""
+    _err(f"warning: {text}", style="yellow")
+
+
+def error(text: str) -> None:
+    """Write an error to stderr."""
+    _err(f"error: {text}", style="bold red")
+
+
+def dim(text: str) -> str:
+    """Give `text` dimmed where stdout is a terminal with colour, else unchanged."""
+    from rich.console import Console
+
+    console = Console(file=sys.stdout)
+    return f"\x1b[2m{text}\x1b[0m" if console.color_system else text
+
+
+@contextmanager
+def progress(label: str, total: float, *, unit: str = "B") -> Iterator[Tick]:
+    """Show progress of `total` units ("B" prints as bytes and rate, "%" as percent) until the block ends."""
+    if _verbosity < 0:
+        yield lambda _amount: None
+    elif sys.stderr.isatty():
+        with _bar(label, total, unit) as tick:
+            yield tick
+    else:
+        yield _plain(label, total, unit)
+
+
+def format_bytes(n: float) -> str:
+    """Write a byte count as people read it: 1536 -> "1.5 KB" (powers of 1000, as disks and downloads count)."""
+    for suffix in ("B", "KB", "MB", "GB"):
+        if abs(n) < 1000:
+            return f"{n:.0f} {suffix}" if suffix == "B" else f"{n:.1f} {suffix}"
+        n /= 1000
+    return f"{n:.2f} TB"
+
+
+def run(app: typer.Typer, argv: Sequence[str] | None, prog: str) -> int:
+    """Run a typer app and give its exit status: 0, 1 with one `error:` line, 2 for usage, 130 for Ctrl-C."""
+    import typer
+
+    try:
+        typer.main.get_command(app).main(args=None if argv is None else list(argv), prog_name=prog)
+    except HyError as exc:
+        error(str(exc))
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as exc:
+        return exc.code if isinstance(exc.code, int) else int(exc.code is not None)
+    return 0
+
+
+def _err(text: str, style: str | None = None) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True, highlight=False, soft_wrap=True).print(Text(text, style=style or ""))
+
+
+@contextmanager
+def _bar(label: str, total: float, unit: str) -> Iterator[Tick]:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    amounts = (DownloadColumn(), TransferSpeedColumn()) if unit == "B" else (TextColumn("{task.percentage:>3.0f} %"),)
+    columns = (TextColumn("{task.description}"), BarColumn(), *amounts, TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda amount: bar.advance(task, amount)
+
+
+def _plain(label: str, total: float, unit: str) -> Callable[[float], None]:
+    begun = last = time.monotonic()
+    done = 0.0
+
+    def tick(amount: float) -> None:
+        nonlocal done, last
+        done += amount
+        now = time.monotonic()
+        if now - last < PLAIN_PROGRESS_SECONDS or done <= 0:
+            return
+        last = now
+        rate = done / (now - begun)
+        shown = f"{format_bytes(done)} of {format_bytes(total)}, {format_bytes(rate)}/s, " if unit == "B" else ""
+        status(f"{label}: {100 * done / total:.0f} %, {shown}{(total - done) / rate:.0f} s left")
+
+    return tick

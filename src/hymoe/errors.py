@@ -1,0 +1,58 @@
+"""Every error a user can cause.
+
+HyError                 one clear line: what, got, expected, what to do
+├── CheckpointError     the model folder: missing files, tensors, keys, bad headers
+├── UnsupportedError    a well-formed input that asks for something not implemented
+├── OutputError         the output file: exists, disk too small, cannot be written
+├── ModelFileError      a GGUF that is not one, or not of this family
+├── EngineError         the engine: download, patches, compiler, build
+└── ServerError         the server process: port taken, died, not answering
+
+A command prints `error: <message>` and exits with 1; bad usage exits with 2; anything that is
+not a HyError is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class HyError(Exception):
+    """Base of all errors that are the user's to mend.
+
+    The message names the thing (`what`), the value found (`got`), what would do (`expected`) and
+    the next step (`fix`); the parts given are joined into one line.
+    """
+
+    def __init__(self, what: str, *, got: object = None, expected: object = None, fix: str | None = None) -> None:
+        parts = [what]
+        if got is not None:
+            parts.append(f"got {got}")
+        if expected is not None:
+            parts.append(f"expected {expected}")
+        line = ": ".join([parts[0], ", ".join(parts[1:])]) if len(parts) > 1 else what
+        if fix:
+            line = f"{line}; {fix}"
+        super().__init__(" ".join(line.split()))
+
+
+class CheckpointError(HyError):
+    """The checkpoint folder is not what it should be."""
+
+
+class UnsupportedError(HyError):
+    """The input is well formed and asks for something that is not implemented."""
+
+
+class OutputError(HyError):
+    """The output cannot be written as asked."""
+
+
+class ModelFileError(HyError):
+    """A model file is not a GGUF, or not one of this family."""
+
+
+class EngineError(HyError):
+    """The engine cannot be fetched, patched, built or loaded."""
+
+
+class ServerError(HyError):
+    """The server process did not start, or went away."""

@@ -1,0 +1,38 @@
+"""Bytes of tensors and files by shape and type: the one calculator that plans and placement share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import prod
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType
+
+# GGUF's default: every tensor starts on a multiple of this many bytes, counted from the start of the data.
+ALIGNMENT = 32
+
+
+def padded(n_bytes: int, alignment: int = ALIGNMENT) -> int:
+    """Round `n_bytes` up to a multiple of `alignment`."""
+    return -(-n_bytes // alignment) * alignment
+
+
+def row_bytes(n_per_row: int, qtype: GGMLQuantizationType) -> int:
+    """Bytes of one row of `n_per_row` elements. Raises ValueError where the row is no whole number of blocks."""
+    from gguf import GGML_QUANT_SIZES
+
+    block, size = GGML_QUANT_SIZES[qtype]
+    if n_per_row % block:
+        raise ValueError(f"a row of {n_per_row} elements is no multiple of {qtype.name}'s block of {block}")
+    return n_per_row // block * size
+
+
+def tensor_bytes(shape: tuple[int, ...], qtype: GGMLQuantizationType) -> int:
+    """Bytes of a tensor of row-major `shape` (the last dimension is the row)."""
+    return prod(shape[:-1]) * row_bytes(shape[-1], qtype)
+
+
+def data_bytes(tensors: Iterable[tuple[tuple[int, ...], GGMLQuantizationType]]) -> int:
+    """Bytes of a GGUF data section that holds these (shape, type) tensors, padding included."""
+    return sum(padded(tensor_bytes(shape, qtype)) for shape, qtype in tensors)
