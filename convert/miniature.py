@@ -67,9 +67,10 @@ class Spec:
     """What to write; the defaults make a checkpoint of 10 million parameters in a second.
 
     `n_ff` is config.json's intermediate_size; `n_ff_exp` the width of one expert (None: the same). The shared
-    expert is `n_shared * n_ff_exp` wide, as in the vendor's code. `n_rank` counts the vocabulary without special
-    tokens; `vocab` takes a tiktoken file instead of training one. `alpha` None leaves RoPE unscaled.
-    `max_shard_bytes` None writes one model.safetensors, otherwise shards of about that size and an index.
+    expert is `n_shared * n_ff` wide, as vLLM and llama.cpp read the config (in published ones n_ff_exp is n_ff).
+    `n_rank` counts the vocabulary without special tokens; `vocab` takes a tiktoken file instead of training one.
+    `alpha` None leaves RoPE unscaled. `max_shard_bytes` None writes one model.safetensors, otherwise shards of
+    about that size and an index.
     """
 
     n_layer: int = 4
@@ -135,7 +136,7 @@ def write(folder: Path, spec: Spec | None = None, *, overwrite: bool = False) ->
     """Write a complete checkpoint into `folder` and give the folder back.
 
     The files appear together: they are written beside the folder and moved when all are there. Memory stays
-    below about 200 MB whatever the size. Raises OutputError where the folder holds files and `overwrite` is not
+    below about 250 MB whatever the size. Raises OutputError where the folder holds files and `overwrite` is not
     set; with it, only files of the names written here are replaced.
     """
     spec = spec or Spec()
@@ -194,7 +195,7 @@ def _layer(spec: Spec, prefix: str) -> Iterator[Tensor]:
         "self_attn.o_proj": (d, q),
     }
     widths = {f"experts.{expert}": spec.ff_exp for expert in range(spec.n_expert)}
-    for name, ff in {"shared_mlp": spec.ff_exp * spec.n_shared, **widths}.items():
+    for name, ff in {"shared_mlp": spec.n_ff * spec.n_shared, **widths}.items():
         matrices |= {f"mlp.{name}.gate_proj": (ff, d), f"mlp.{name}.up_proj": (ff, d), f"mlp.{name}.down_proj": (d, ff)}
     norms = {
         "input_layernorm": d,

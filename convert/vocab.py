@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -114,27 +115,29 @@ def text_form() -> Callable[[bytes], str]:
 def merges_of(ranks: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:
     """Recover, in order of rank, the two tokens that byte-pair encoding joins last to make each token.
 
-    Each token is encoded from its bytes with merges of lower rank only, as tiktoken does; what is left is the pair.
-    A token that is left in more than two pieces can only be met as a whole, and is skipped.
+    Each token is encoded from its bytes as tiktoken does, with the token itself unknown; what is left is the pair.
+    Merges of higher rank take part: one real token (rank 124142) is only ever made from a later one. A token that is
+    left in more than two pieces can only be met as a whole word, and is skipped.
     """
     rank_of = {token: rank for rank, token in enumerate(ranks)}
-    for rank, token in enumerate(ranks):
-        pieces = _encode_below(rank, token, rank_of) if len(token) > 2 else [token[:1], token[1:]]
-        if len(token) > 1 and len(pieces) == 2:
-            yield pieces[0], pieces[1]
+    for token in ranks:
+        if len(token) > 1:
+            pieces = _encode_without_itself(token, rank_of)
+            if len(pieces) == 2:
+                yield pieces[0], pieces[1]
 
 
-def _encode_below(limit: int, token: bytes, rank_of: dict[bytes, int]) -> list[bytes]:
+def _encode_without_itself(token: bytes, rank_of: dict[bytes, int]) -> list[bytes]:
     pieces = [token[i : i + 1] for i in range(len(token))]
-    while True:
-        best, at = limit, -1
-        for i in range(len(pieces) - 1):
-            rank = rank_of.get(pieces[i] + pieces[i + 1], limit)
-            if rank < best:
-                best, at = rank, i
-        if at < 0:
-            return pieces
+    none = len(rank_of)
+    while len(pieces) > 2:
+        ranks = [rank_of.get(left + right, none) for left, right in pairwise(pieces)]
+        best = min(ranks)
+        if best == none:
+            break
+        at = ranks.index(best)
         pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
+    return pieces
 
 
 def _from_ranks(ranks: list[bytes], n_extra: int, source: str) -> Vocabulary:
