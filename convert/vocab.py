@@ -12,7 +12,6 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -129,14 +128,19 @@ def merges_of(ranks: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:
 
 def _encode_without_itself(token: bytes, rank_of: dict[bytes, int]) -> list[bytes]:
     pieces = [token[i : i + 1] for i in range(len(token))]
-    none = len(rank_of)
+    unknown = len(rank_of)
     while len(pieces) > 2:
-        ranks = [rank_of.get(left + right, none) for left, right in pairwise(pieces)]
-        best = min(ranks)
-        if best == none:
+        best, at = unknown, 0
+        left = pieces[0]
+        for i in range(1, len(pieces)):
+            right = pieces[i]
+            rank = rank_of.get(left + right, unknown)
+            if rank < best:
+                best, at = rank, i
+            left = right
+        if best == unknown:
             break
-        at = ranks.index(best)
-        pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
+        pieces[at - 1 : at + 1] = [pieces[at - 1] + pieces[at]]
     return pieces
 
 
