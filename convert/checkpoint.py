@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 from hymoe.convert.config import read_json
 from hymoe.errors import CheckpointError, UnsupportedError
@@ -194,7 +194,7 @@ def _entry(file: Path, name: str, entry: Any, data_start: int) -> TensorRef:
     return TensorRef(name, file, dtype, tuple(shape), data_start + offsets[0], n_bytes)
 
 
-def _is_naturals(value: Any) -> bool:
+def _is_naturals(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in value)
 
 

@@ -173,7 +173,7 @@ def _copy(chunk: Chunk, fd: int, checkpoint: Checkpoint, buffers: threading.loca
         buffers.raw = np.empty(max(CHUNK_BYTES, chunk.n_bytes), np.uint8)
     raw = buffers.raw[: chunk.n_bytes]
     checkpoint.read_into(chunk.ref, chunk.start, memoryview(raw))
-    view = memoryview(encoder(chunk.ref, chunk.qtype, chunk.n_per_row)(raw)).cast("B")
+    view = encoder(chunk.ref, chunk.qtype, chunk.n_per_row)(raw).data.cast("B")
     done = 0
     while done < len(view):
         done += os.pwrite(fd, view[done:], chunk.target + done)

@@ -25,7 +25,7 @@ def row_bytes(n_per_row: int, qtype: GGMLQuantizationType) -> int:
     block, size = GGML_QUANT_SIZES[qtype]
     if n_per_row % block:
         raise ValueError(f"a row of {n_per_row} elements is no multiple of {qtype.name}'s block of {block}")
-    return n_per_row // block * size
+    return int(n_per_row // block * size)
 
 
 def tensor_bytes(shape: tuple[int, ...], qtype: GGMLQuantizationType) -> int:

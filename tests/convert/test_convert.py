@@ -81,7 +81,8 @@ def expected_tensors(folder: Path, spec: Spec) -> dict[str, np.ndarray[Any, Any]
 
 
 def values(tensor: Any) -> np.ndarray[Any, Any]:
-    return dequantize(tensor.data, tensor.tensor_type).astype(np.float64).reshape(tensor.shape[::-1].tolist())
+    result: np.ndarray[Any, Any] = dequantize(tensor.data, tensor.tensor_type)
+    return result.astype(np.float64).reshape(tensor.shape[::-1].tolist())
 
 
 def keys(reader: GGUFReader) -> dict[str, Any]:
@@ -183,7 +184,7 @@ def test_transformers5_style_means_the_same(tmp_path: Path) -> None:
     """The same model saved by a newer transformers gives the same metadata; a tokenizer.json lists every merge."""
     found = {}
     for style in ("2025", "transformers5"):
-        folder = miniature.write(tmp_path / style / "Same-Model", Spec(n_layer=1, config_style=style))  # type: ignore[arg-type]
+        folder = miniature.write(tmp_path / style / "Same-Model", Spec(n_layer=1, config_style=style))
         convert(ConvertOptions(folder, tmp_path / f"{style}.gguf"))
         found[style] = keys(GGUFReader(tmp_path / f"{style}.gguf"))
     ours, every = (found[style].pop("tokenizer.ggml.merges") for style in ("2025", "transformers5"))
