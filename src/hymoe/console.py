@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Protocol
 
 from hymoe.errors import HyError
@@ -151,3 +151,22 @@ def _plain(label: str, total: float, unit: str) -> Callable[[float], None]:
         status(f"{label}: {100 * done / total:.0f} %, {shown}{(total - done) / rate:.0f} s left")
 
     return tick
+
+
+def is_verbose() -> bool:
+    """Whether details are shown (-v)."""
+    return _verbosity > 0
+
+
+def ask(prompt: str) -> str:
+    """Read a line from the terminal, with editing; `prompt` goes to stderr where stdout is not the terminal.
+
+    Raises EOFError at the end of the input and KeyboardInterrupt for Ctrl-C.
+    """
+    if sys.stdout.isatty():
+        with suppress(ImportError):  # absent on Windows, whose terminal edits lines itself
+            import readline  # noqa: F401 - input() finds it
+        return input(prompt)
+    sys.stderr.write(prompt)
+    sys.stderr.flush()
+    return input()

@@ -29,9 +29,9 @@ void hunyuan_moe_require(const hunyuan_moe_limit & limit) {
     if (limit.value >= limit.lo && limit.value <= limit.hi) {
         return;
     }
-    const std::string key  = LLM_KV(LLM_ARCH_HUNYUAN_MOE)(limit.key);
-    const std::string hi   = limit.hi == INT64_MAX ? "or more" : limit.hi == limit.lo ? "" : "to " + std::to_string(limit.hi);
-    throw std::runtime_error(format("%s is %lld: expected %lld %s", key.c_str(),
+    const std::string key = LLM_KV(LLM_ARCH_HUNYUAN_MOE)(limit.key);
+    const std::string hi  = limit.hi == INT64_MAX ? " or more" : limit.hi == limit.lo ? "" : " to " + std::to_string(limit.hi);
+    throw std::runtime_error(format("%s is %lld: expected %lld%s", key.c_str(),
         (long long) limit.value, (long long) limit.lo, hi.c_str()));
 }
 
@@ -190,6 +190,10 @@ void llama_model_hunyuan_moe::load_arch_hparams(llama_model_loader & ml) {
     };
     for (const auto & limit : limits) {
         hunyuan_moe_require(limit);
+    }
+    if (hparams.n_head() % hparams.n_head_kv() != 0) {
+        throw std::runtime_error(format("hunyuan-moe.attention.head_count_kv is %u: expected a divisor of head_count, which is %u",
+            hparams.n_head_kv(), hparams.n_head()));
     }
     for (uint32_t il = 0; il < hparams.n_layer_all; ++il) {
         hunyuan_moe_require({ LLM_KV_EXPERT_USED_COUNT,          hparams.n_expert_used(il), 1, hparams.n_expert });

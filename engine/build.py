@@ -1,0 +1,182 @@
+"""Building the engine: once per source, flags, compiler and processor, in a folder that other checkouts find again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from hymoe import console
+from hymoe.engine import cmake, patches, pin, smoke, source, toolchain
+from hymoe.engine.installed import MANIFEST, Engine, engine_root, host, manifest_of, source_digest
+from hymoe.errors import EngineError
+
+KEY_DIGITS: Final = 20
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What to build.
+
+    backend: auto, cpu, cuda or vulkan. jobs: compiler processes at a time, None for as many as fit.
+    force: build even what is there. bindings: install llama-cpp-python into the running environment as well.
+    stock: build the unchanged peer of tests and benchmarks (of our changes only those it cannot run without).
+    """
+
+    backend: str = "auto"
+    jobs: int | None = None
+    force: bool = False
+    bindings: bool = True
+    stock: bool = False
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what comes out of a build."""
+
+    source: str  # source_digest()
+    flags: tuple[str, ...]
+    backend: str
+    compiler: str
+    compiler_version: str
+    macros: str
+
+    @property
+    def key(self) -> str:
+        """Name of the build's folder in the cache."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:KEY_DIGITS]
+
+
+def build(options: BuildOptions) -> Engine:
+    """Make the engine ready to use and give it; a build that is there already is taken as it is.
+
+    Raises EngineError for a missing compiler, room, download or backend, a failed build or a failed smoke run:
+    nothing that looks finished is left behind.
+    """
+    if options.jobs is not None and options.jobs < 1:
+        raise EngineError("--jobs", got=options.jobs, expected="1 or more")
+    compiler = toolchain.find_compiler()
+    backend = toolchain.choose_backend(options.backend)
+    recipe = recipe_for(backend, compiler, stock=options.stock)
+    entry = engine_root() / recipe.key
+    begun = time.time_ns()
+    if options.force or not manifest_of(entry):
+        toolchain.check_room(engine_root(), backend)
+        with _lock(engine_root() / "lock"):
+            if not _made_since(entry, begun if options.force else 0):
+                _make(recipe, compiler, entry, options)
+    os.utime(entry / MANIFEST)  # `find` takes the engine that was asked for last
+    engine = Engine(entry / "bin", manifest_of(entry) or {})
+    if options.bindings and not options.stock:
+        from hymoe.engine import bindings
+
+        bindings.install(engine_root() / "sdist")
+    return engine
+
+
+def recipe_for(backend: str, compiler: toolchain.Compiler, *, stock: bool = False) -> Recipe:
+    """Say what a build for `backend` by `compiler` is made of."""
+    return Recipe(
+        source=source_digest(stock=stock),
+        flags=tuple(cmake.flags(backend)),
+        backend=backend,
+        compiler=str(compiler.path),
+        compiler_version=compiler.version,
+        macros=compiler.macros,
+    )
+
+
+def _made_since(entry: Path, moment: int) -> bool:
+    """Say whether another process has finished this very build after `moment` (ns since the epoch)."""
+    return manifest_of(entry) is not None and (entry / MANIFEST).stat().st_mtime_ns > moment
+
+
+class _lock:  # noqa: N801 - used as a context manager only
+    """One build at a time: waits for the other with a line that says so."""
+
+    def __init__(self, path: Path) -> None:
+        from filelock import FileLock
+
+        self._lock = FileLock(path)
+
+    def __enter__(self) -> None:
+        from filelock import Timeout
+
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            console.status("another build is running; waiting for it")
+            self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+def _make(recipe: Recipe, compiler: toolchain.Compiler, entry: Path, options: BuildOptions) -> None:
+    # One place for every build: compiler caches recognise sources by path, and the lock keeps builds apart.
+    scratch = engine_root() / "scratch"
+    log = engine_root() / "logs" / f"{recipe.key}.log"
+    jobs = options.jobs or toolchain.default_jobs()
+    sdist = source.fetch(engine_root() / "sdist")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        source.extract(sdist, scratch / "source")
+        patches.apply(scratch / "source", stock=options.stock)
+        manifest = _manifest(recipe, compiler, stock=options.stock)
+        arguments = [f"-DCMAKE_CXX_COMPILER={compiler.path}", *recipe.flags]
+        begun = time.monotonic()
+        cmake.compile_tree(
+            scratch / "source",
+            scratch / "build",
+            arguments=arguments,
+            targets=cmake.TARGETS,
+            jobs=jobs,
+            log=log,
+            label=f"building the engine ({recipe.backend}, {jobs} {'job' if jobs == 1 else 'jobs'})",
+        )
+        seconds = round(time.monotonic() - begun)
+        # tried where it has not been built: a library that is still looked for in the build folder shows here
+        (scratch / "build" / "bin").rename(scratch / "bin")
+        shutil.rmtree(scratch / "build")
+        console.status("trying the engine on a tiny model")
+        smoke.run(Engine(scratch / "bin", {}), scratch)
+        _install(scratch / "bin", entry, manifest | {"build_seconds": seconds})
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _manifest(recipe: Recipe, compiler: toolchain.Compiler, *, stock: bool) -> dict[str, Any]:
+    return {
+        "key": recipe.key,
+        "source": recipe.source,
+        "sdist": {"package": pin.PACKAGE, "version": pin.VERSION, "sha256": pin.SHA256},
+        "llama.cpp": {"version": pin.LLAMA_CPP_VERSION, "commit": pin.LLAMA_CPP_COMMIT},
+        "patches": {patch.name: patch.why for patch in patches.series(stock=stock)},
+        "new_files": [file.as_posix() for file in patches.new_files(stock=stock)],
+        "backend": recipe.backend,
+        "flags": list(recipe.flags),
+        "compiler": {"path": recipe.compiler, "version": recipe.compiler_version},
+        "instruction_set": {"names": list(compiler.isa), "macros_sha256": compiler.macros},
+        "host": host(),
+        "built": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _install(binaries: Path, entry: Path, manifest: dict[str, Any]) -> None:
+    """Move a finished build into place: the folder appears whole, or not at all."""
+    fresh = entry.with_suffix(".new")
+    old = entry.with_suffix(".old")
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    fresh.mkdir()
+    binaries.rename(fresh / "bin")
+    (fresh / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    if entry.exists():
+        entry.rename(old)
+    fresh.rename(entry)
+    shutil.rmtree(old, ignore_errors=True)

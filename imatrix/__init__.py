@@ -1,0 +1,1 @@
+"""Calibration text; importance, expert usage and recipes build on it."""

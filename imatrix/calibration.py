@@ -1,0 +1,41 @@
+"""The calibration texts: our own prose, code, mathematics and dialogue in English and Chinese.
+
+The files lie beside this module in `calibration/`; `manifest.json` there says what each one is, where it
+comes from and under which licence. Importance is collected on them, and the vocabulary of the embedded
+miniature is trained on them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+
+
+@dataclass(frozen=True)
+class Text:
+    """One calibration text and its line of the manifest; `bytes` counts its UTF-8 form."""
+
+    file: str
+    kind: str
+    language: str
+    bytes: int
+    origin: str
+    licence: str
+    content: str
+
+
+def texts() -> Iterator[Text]:
+    """Give every text in the order of the manifest."""
+    folder = files("hymoe.imatrix") / "calibration"
+    for entry in json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["texts"]:
+        # Bytes, not text mode: a line ending must not depend on the platform.
+        yield Text(content=(folder / entry["file"]).read_bytes().decode("utf-8"), **entry)
+
+
+@cache
+def joined() -> str:
+    """Give all texts as one string, an empty line between two."""
+    return "\n".join(text.content for text in texts())

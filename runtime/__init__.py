@@ -1,0 +1,8 @@
+"""The runtime room: read a model file's head, run the engine's server, talk to it."""
+
+from __future__ import annotations
+
+from hymoe.runtime.header import Header, peek
+from hymoe.runtime.server import Endpoint, Server, ServerOptions, serve
+
+__all__ = ["Endpoint", "Header", "Server", "ServerOptions", "peek", "serve"]

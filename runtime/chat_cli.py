@@ -1,0 +1,66 @@
+"""`hy-chat`: talk to a model, on a private server or on one that runs already."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hymoe import console
+from hymoe.runtime.serve_cli import Ctx, LogFile, Quiet, Threads, Verbose
+
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
+
+
+@app.command()
+def chat(
+    model: Annotated[
+        Path | None, typer.Argument(metavar="[MODEL.gguf]", help="The model, unless --url is given.")
+    ] = None,
+    url: Annotated[str | None, typer.Option(help="Use the server at this address; its key is HYMOE_API_KEY.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option("-p", "--prompt", help="Answer this and end; - reads it from stdin, as a pipe does.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")] = None,
+    ctx: Ctx = None,
+    threads: Threads = None,
+    log: LogFile = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Talk to MODEL.gguf; the answer goes to stdout.
+
+    A private server is started for the length of the conversation, on a free port and with a random key, because
+    any page in a browser could talk to an open one.
+    """
+    from hymoe.runtime.client import endpoint_from_url
+    from hymoe.runtime.server import ServerExitError, ServerOptions
+    from hymoe.runtime.session import ChatOptions, attached, private, read_prompt
+    from hymoe.runtime.supervise import show_exit
+
+    if (model is None) == (url is None):
+        raise typer.BadParameter("give either MODEL.gguf or --url")
+    if url is not None and (ctx, threads, log) != (None, None, None):
+        raise typer.BadParameter("--ctx, --threads and --log belong to the server that --url names")
+    console.set_verbosity(quiet=quiet, verbose=verbose)
+    if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
+        prompt = read_prompt(sys.stdin.buffer)
+    options = ChatOptions(prompt=prompt, system=system, max_tokens=max_tokens)
+    try:
+        if url is not None:
+            attached(endpoint_from_url(url, os.environ.get("HYMOE_API_KEY") or None), options)
+        elif model is not None:
+            private(ServerOptions(model=model, ctx=ctx, threads=threads, log=log), options)
+    except ServerExitError as exc:
+        show_exit(exc)
+        raise typer.Exit(1) from None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    return console.run(app, argv, "hy-chat")

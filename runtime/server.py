@@ -1,0 +1,287 @@
+"""One engine process: start it, wait until it answers, stop it, and never leave it behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from hymoe import console
+from hymoe.errors import ServerError
+from hymoe.runtime import process
+from hymoe.runtime.header import Header, peek
+
+if TYPE_CHECKING:
+    import httpx
+
+# 32,768 tokens of KV are 4 GiB for Hunyuan-A13B in F16; all of its 262,144 would be 32 GiB.
+DEFAULT_CTX = 32768
+TAIL_LINES = 12
+POLL_SECONDS = 0.05
+STILL_LOADING_SECONDS = 10.0
+PORT_ATTEMPTS = 3
+
+# llama-server flag -> what to do instead. These are given by us, or would make wrong answers.
+OWNED_FLAGS = {
+    **dict.fromkeys(("-m", "--model"), "give the model as the first argument"),
+    "--host": "give --host before the --",
+    "--port": "give --port before the --",
+    **dict.fromkeys(("-c", "--ctx-size"), "give --ctx before the --"),
+    **dict.fromkeys(("-t", "--threads"), "give --threads before the --"),
+    "--api-key": "set HYMOE_API_KEY: other users of this machine can read a command line",
+    "--api-prefix": "put a proxy in front to serve under a path",
+    "--context-shift": "moved keys give wrong answers: this family's attention depends on absolute positions",
+    "--cache-reuse": "moved keys give wrong answers: this family's attention depends on absolute positions",
+}
+# The engine reads its options from these as well; what it runs must be what the command line says.
+IGNORED_VARIABLES = ("LLAMA_ARG_", "AIP_")
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """What to serve, where and how."""
+
+    model: Path
+    host: str = "127.0.0.1"
+    port: int = 8080  # 0: a free one
+    ctx: int | None = None  # tokens; None: the trained context up to DEFAULT_CTX; 0: the trained context
+    threads: int | None = None
+    api_key: str | None = None
+    extra: tuple[str, ...] = ()  # further llama-server arguments
+    log: Path | None = None  # the engine's output is appended here
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a server answers: `url` has no path and no trailing slash."""
+
+    url: str
+    api_key: str | None = None
+
+
+class ServerExitError(ServerError):
+    """The engine ended by itself; `status` is what a shell would show, `tail` the last lines it wrote."""
+
+    def __init__(self, when: str, returncode: int, tail: list[str]) -> None:
+        super().__init__(f"the engine stopped {when}: {process.describe(returncode)}", fix=_reason(tail))
+        self.status = process.shell_status(returncode)
+        self.tail = tail
+
+
+@contextmanager
+def serve(options: ServerOptions) -> Iterator[Endpoint]:
+    """Run the engine for the length of a `with` block, which begins when it is healthy."""
+    with Server(options) as server:
+        yield server.endpoint
+
+
+class Server:
+    """One llama-server process, as a context manager: entering waits for health, leaving stops it.
+
+    Entering raises ModelFileError for a file that is no model of this family, EngineError where no engine is built,
+    ServerError for a port that is taken and for bad options, ServerExitError where the engine gives up.
+    """
+
+    def __init__(self, options: ServerOptions) -> None:
+        self.options = options
+        self.endpoint = Endpoint("")
+        self.n_ctx = 0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log: process.Log | None = None
+
+    def __enter__(self) -> Self:
+        from hymoe import engine
+
+        check_flags(self.options.extra)
+        header = peek(self.options.model)
+        tool = engine.find().tool("llama-server")
+        self.n_ctx = context_size(self.options.ctx, header)
+        try:
+            self._start(tool, header)
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, _type: type[BaseException] | None, _value: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def pid(self) -> int:
+        """Give the engine's process id."""
+        return self._running().pid
+
+    def check(self) -> None:
+        """Pass on what the engine logged with -v; raises ServerExitError where it has ended."""
+        self._echo()
+        returncode = self._running().poll()
+        if returncode is not None:
+            raise self._exit_error("while serving", returncode)
+
+    def wait(self) -> None:
+        """Wait for the engine to end by itself, which raises ServerExitError."""
+        while True:
+            self.check()
+            time.sleep(4 * POLL_SECONDS)
+
+    def stop(self) -> int:
+        """End the engine if it runs and give its exit status; 0 where it never started."""
+        if self._process is None:
+            return 0
+        status = process.shell_status(process.stop(self._process))
+        if self._log:
+            self._echo()
+            self._log.close()
+            self._log = None
+        return status
+
+    def _start(self, tool: Path, header: Header) -> None:
+        for attempt in range(PORT_ATTEMPTS):
+            options = self._with_port()
+            self.endpoint = Endpoint(f"http://{_connect_host(options.host)}:{options.port}", options.api_key)
+            self._log = process.Log(options.log)
+            command = command_line(tool, header, options, self.n_ctx)
+            console.detail(f"starting {' '.join(command)}")
+            self._process = process.spawn(command, _environment(options), self._log.file)
+            try:
+                self._wait_until_healthy(options)
+            except ServerExitError:
+                # Between our look and the engine's bind somebody else may have come.
+                if process.port_is_free(options.host, options.port):
+                    raise
+                self.stop()
+                if self.options.port or attempt + 1 == PORT_ATTEMPTS:
+                    raise _port_taken(options.port) from None
+            else:
+                return
+
+    def _with_port(self) -> ServerOptions:
+        options = self.options
+        if not options.port:
+            process.port_is_free(options.host, 0)  # says what is wrong with the host
+            return replace(options, port=process.free_port(options.host))
+        if not process.port_is_free(options.host, options.port):
+            raise _port_taken(options.port)
+        return options
+
+    def _wait_until_healthy(self, options: ServerOptions) -> None:
+        import httpx
+
+        begun = told = time.monotonic()
+        # trust_env=False: a proxy of the environment must never come between us and our own machine.
+        with httpx.Client(base_url=self.endpoint.url, trust_env=False, timeout=5.0) as client:
+            while not self._is_healthy(client, options.port):
+                now = time.monotonic()
+                if now - told >= STILL_LOADING_SECONDS:
+                    told = now
+                    console.status(f"still loading after {now - begun:.0f} s")
+                time.sleep(POLL_SECONDS)
+
+    def _is_healthy(self, client: httpx.Client, port: int) -> bool:
+        import httpx
+
+        self._echo()
+        running = self._running()
+        returncode = running.poll()
+        if returncode is not None:
+            raise self._exit_error("while it was starting", returncode)
+        try:
+            answer = client.get("/health")
+        except httpx.TransportError:
+            return False
+        return answer.status_code == httpx.codes.OK and process.owns_port(running.pid, port)
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._process is None:
+            raise RuntimeError("the server was not entered")
+        return self._process
+
+    def _exit_error(self, when: str, returncode: int) -> ServerExitError:
+        return ServerExitError(when, returncode, self._log.tail(TAIL_LINES) if self._log else [])
+
+    def _echo(self) -> None:
+        if self._log:
+            for line in self._log.new_lines():
+                console.detail(line)
+
+
+def check_flags(extra: tuple[str, ...]) -> None:
+    """Refuse llama-server arguments that are ours to give. Raises ServerError naming the first."""
+    for argument in extra:
+        flag = argument.split("=", 1)[0]
+        if flag in OWNED_FLAGS:
+            raise ServerError(f"llama-server argument {flag}: not accepted", fix=OWNED_FLAGS[flag])
+
+
+def context_size(asked: int | None, header: Header) -> int:
+    """Choose the context in tokens: what was asked for, else the trained one but no more than DEFAULT_CTX."""
+    trained = header.context_length
+    if asked is None:
+        return min(trained or DEFAULT_CTX, DEFAULT_CTX)
+    if asked == 0:
+        if trained is None:
+            raise ServerError(
+                f"{header.path}: does not say its trained context", got="--ctx 0", expected="a number of tokens"
+            )
+        return trained
+    if trained is not None and asked > trained:
+        console.warn(
+            f"--ctx {asked} is more than the {trained} tokens the model was trained for; it will be cut to that"
+        )
+        return trained
+    return asked
+
+
+def command_line(tool: Path, header: Header, options: ServerOptions, n_ctx: int) -> list[str]:
+    """Give the llama-server command; the API key is not in it, it travels in the environment."""
+    command = [str(tool), "--model", str(options.model.absolute())]
+    command += ["--host", options.host, "--port", str(options.port), "--ctx-size", str(n_ctx)]
+    # The vendor's default is to think first; the engine, which sees no thinking in the template, would forbid it.
+    command += ["--no-context-shift", "--jinja", "--reasoning", "on"]
+    if options.threads is not None:
+        command += ["--threads", str(options.threads)]
+    if header.chat_template is None:
+        # Without one the engine would speak ChatML, whose tokens this family has never seen.
+        from hymoe.chat_templates.render import FALLBACK
+
+        command += ["--chat-template-file", str(FALLBACK)]
+    return command + list(options.extra)
+
+
+def _environment(options: ServerOptions) -> dict[str, str]:
+    dropped = sorted(name for name in os.environ if name.startswith(IGNORED_VARIABLES))
+    if dropped:
+        console.warn(f"{', '.join(dropped)}: ignored; give llama-server arguments after --")
+    env = {name: value for name, value in os.environ.items() if name not in dropped}
+    if options.api_key:
+        env["LLAMA_API_KEY"] = options.api_key
+    else:
+        env.pop("LLAMA_API_KEY", None)
+    return env
+
+
+def _connect_host(host: str) -> str:
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{reachable}]" if ":" in reachable else reachable
+
+
+def _port_taken(port: int) -> ServerError:
+    return ServerError(
+        f"port {port}", got="one that another program listens on", expected="a free one", fix="give another with --port"
+    )
+
+
+def _reason(tail: list[str]) -> str | None:
+    """Find the line that says why: the last one that speaks of an error, without the log's own prefix."""
+    for line in reversed(tail):
+        if "error" in line.lower() or "failed" in line.lower():
+            return f"its log says: {line.strip()}"
+    return None

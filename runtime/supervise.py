@@ -1,0 +1,47 @@
+"""Run a server in the foreground: what `hy-serve` does between its options and its exit status."""
+
+from __future__ import annotations
+
+from hymoe import console
+from hymoe.runtime.process import Terminated, signals_as_exceptions
+from hymoe.runtime.server import DEFAULT_CTX, Server, ServerExitError, ServerOptions
+
+LOOPBACK = ("127.", "localhost", "::1")
+
+
+def supervise(options: ServerOptions) -> int:
+    """Serve until a signal or the engine's own end; give the exit status.
+
+    Ctrl-C, SIGTERM and SIGHUP stop a healthy engine in order, and its status (0) is passed on; before it is healthy
+    they give 128 + the signal. An engine that ends by itself passes on its status. Raises as `Server` does.
+    """
+    with signals_as_exceptions():
+        try:
+            return _serve(options)
+        except ServerExitError as exc:
+            show_exit(exc)
+            return exc.status
+
+
+def show_exit(exc: ServerExitError) -> None:
+    """Show how the engine ended, after the last lines of its log (which -v has shown already)."""
+    for line in exc.tail if not console.is_verbose() else []:
+        console.status(f"  | {line}")
+    console.error(str(exc))
+
+
+def _serve(options: ServerOptions) -> int:
+    if not options.api_key and not options.host.startswith(LOOPBACK):
+        console.warn(f"everybody who reaches {options.host} can use this server; HYMOE_API_KEY sets a key")
+    console.status(f"loading {options.model}")
+    with Server(options) as server:
+        console.status(f"ready: {server.endpoint.url} (context {server.n_ctx}{_why(options, server.n_ctx)})")
+        try:
+            server.wait()
+        except (KeyboardInterrupt, Terminated):
+            console.status("stopping")
+        return server.stop()
+
+
+def _why(options: ServerOptions, n_ctx: int) -> str:
+    return "; --ctx N for more" if options.ctx is None and n_ctx == DEFAULT_CTX else ""

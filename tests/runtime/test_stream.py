@@ -1,0 +1,95 @@
+"""Streamed answers cut into chunks of every size give the same pieces."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hymoe.errors import ServerError
+from hymoe.runtime.stream import ChatStream, EventDecoder, Piece, error_text
+
+
+def chunk(**delta: str) -> str:
+    return "data: " + json.dumps({"choices": [{"delta": delta, "finish_reason": None}]}, ensure_ascii=False)
+
+
+def end(reason: str) -> str:
+    final = {"choices": [{"delta": {}, "finish_reason": reason}], "timings": {"predicted_n": 3}}
+    return "data: " + json.dumps(final)
+
+
+ANSWER = [
+    chunk(role="assistant", content=""),
+    chunk(reasoning_content="想 "),
+    ": a comment that keeps the connection alive",
+    chunk(reasoning_content="🧠"),
+    chunk(content="你"),
+    chunk(content="好\n\n"),
+    chunk(content="data: [DONE]"),
+    end("stop"),
+    'data: {"choices": [], "usage": {"total_tokens": 9}}',
+    "data: [DONE]",
+]
+PIECES = [
+    Piece("thought", "想 "),
+    Piece("thought", "🧠"),
+    Piece("text", "你"),
+    Piece("text", "好\n\n"),
+    Piece("text", "data: [DONE]"),
+]
+
+
+def pieces(stream: ChatStream, raw: bytes, size: int) -> list[Piece]:
+    return [piece for at in range(0, len(raw), size) for piece in stream.feed(raw[at : at + size])]
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"], ids=["LF", "CRLF", "CR"])
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 11, 64, 10**6])
+def test_chunk_sizes_do_not_matter(size: int, newline: str) -> None:
+    raw = "".join(line + 2 * newline for line in ANSWER).encode() + b"\n"
+    stream = ChatStream()
+    assert pieces(stream, raw, size) == PIECES
+    assert (stream.finished, stream.reason, stream.timings) == (True, "stop", {"predicted_n": 3})
+
+
+def test_events_of_several_lines_and_other_fields() -> None:
+    raw = b"event: x\ndata: a\ndata:b\nid: 1\n\n\n\nretry: 5\n\ndata:  c\n\ndata: unfinished"
+    assert list(EventDecoder().feed(raw)) == ["a\nb", " c"]
+
+
+def test_bytes_that_are_no_utf8_do_not_stop_the_stream() -> None:
+    stream = ChatStream()
+    raw = b'data: {"choices": [{"delta": {"content": "a\xffb"}}]}\n\n'
+    assert pieces(stream, raw, 1) == [Piece("text", "a\ufffdb")]
+    assert not stream.finished
+
+
+def test_an_error_in_the_stream() -> None:
+    stream = ChatStream()
+    raw = b'data: {"error": {"message": "the GPU is gone", "code": 500}}\n\n'
+    with pytest.raises(ServerError, match="^the server refused: the GPU is gone$"):
+        pieces(stream, raw, 4)
+
+
+@pytest.mark.parametrize("data", ["<html>", "[1]", "null"])
+def test_no_chat_stream(data: str) -> None:
+    with pytest.raises(ServerError, match="the server's answer is no chat stream: got '.*', expected JSON; is this a"):
+        pieces(ChatStream(), f"data: {data}\n\n".encode(), 100)
+
+
+@pytest.mark.parametrize(
+    ("body", "line"),
+    [
+        ({"error": {"message": "no"}}, "the server refused: no"),
+        ({"error": "plain"}, "the server refused: plain"),
+        ({"detail": "x"}, "the server refused: {'detail': 'x'}"),
+        (["odd"], "the server refused: ['odd']"),
+        (
+            {"error": {"type": "exceed_context_size_error", "n_prompt_tokens": 600, "n_ctx": 512, "message": "…"}},
+            "context full: the conversation has 600 tokens, the server holds 512; "
+            "/reset starts over, a larger --ctx holds more",
+        ),
+    ],
+)
+def test_error_bodies(body: object, line: str) -> None:
+    assert error_text(body) == line

@@ -1,0 +1,132 @@
+"""Against stock llama.cpp: the pinned source with nothing of ours but what it cannot run without, and its converter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+from engine_eval import evaluate, tokenize
+from gguf import GGUFReader
+from numpy.typing import NDArray
+from stock import peer
+
+from hymoe import engine
+from hymoe.convert.convert import ConvertOptions, convert
+from hymoe.convert.miniature import Spec, write
+from hymoe.engine.build import BuildOptions, build
+
+pytestmark = [pytest.mark.stock, pytest.mark.engine]
+
+ENGINE_VARIABLE = "HYMOE_STOCK_ENGINE"
+IDS = [int(token) for token in np.random.default_rng(4).integers(0, 1790, 200)]
+
+# The stock converter asserts that heads are 128 wide, hidden_size / heads, and knows only the real vocabulary.
+REAL: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_head_kv": 1, "head_dim": 128, "n_embd": 256, "n_expert": 8}
+TEXTS = ["The lamp at the end of the pier, 1234567890 times; it's DON'T.", "一个小女孩拿来一只旧怀表。", "🙂 naïve\n\n  café\x00"]
+
+TYPES = ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q4_K_M", "IQ4_XS")
+RUNS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "flash attention": {"flash_attn": True, "kv": "f16"},
+    "small batches": {"n_ubatch": 48},
+}
+
+# Keys that one converter writes and the other does not, or writes otherwise, and why.
+ONLY_OURS: dict[str, str] = {}
+ONLY_STOCK: dict[str, str] = {}
+DIFFERENT: dict[str, str] = {}
+
+
+@pytest.fixture(scope="session")
+def stock() -> Path:
+    """Give the folder of the stock engine, built where it is missing."""
+    if given := os.environ.get(ENGINE_VARIABLE):
+        return Path(given)
+    return build(BuildOptions(backend="cpu", bindings=False, stock=True)).bin
+
+
+@pytest.fixture(scope="session")
+def real(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a small checkpoint with the real vocabulary."""
+    spec = Spec(**REAL, vocab=data / "a13b" / "hy.tiktoken")
+    return write(tmp_path_factory.mktemp("real") / "checkpoint", spec)
+
+
+@pytest.fixture(scope="session")
+def ours_gguf(real: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("ours") / "ours.gguf"
+    convert(ConvertOptions(real, out))
+    return out
+
+
+@pytest.fixture(scope="session")
+def stock_gguf(real: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("theirs")
+    peer.convert(real, folder / "view", folder / "stock.gguf", "bf16")
+    return folder / "stock.gguf"
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS.keys())
+@pytest.mark.parametrize("name", TYPES)
+def test_same_file_same_bits(stock: Path, mini: Path, tmp_path: Path, name: str, run: dict[str, Any]) -> None:
+    source, gguf = tmp_path / "F32.gguf", tmp_path / f"{name}.gguf"
+    convert(ConvertOptions(mini, source, quant="F32"))
+    if name != "F32":
+        quantize: list[str | Path] = [engine.find().tool("llama-quantize"), source, gguf, name, "1"]
+        subprocess.run(quantize, check=True, capture_output=True)
+    assert np.array_equal(one(gguf, engine=stock, **run), one(gguf, **run))
+
+
+def test_bf16_is_no_worse_than_twice_stock(stock: Path, mini: Path, mini_gguf: Path) -> None:
+    wanted = reference.logits(mini, IDS)
+    assert reference.kl(wanted, one(mini_gguf)) <= 2 * reference.kl(wanted, one(mini_gguf, engine=stock))
+
+
+@pytest.mark.data
+def test_stock_file_has_our_tensors(ours_gguf: Path, stock_gguf: Path) -> None:
+    ours, theirs = tensors(ours_gguf), tensors(stock_gguf)
+    assert sorted(ours) == sorted(theirs)
+    for name, (kind, value) in theirs.items():
+        assert (kind, value.shape) == (ours[name][0], ours[name][1].shape), name
+        assert np.array_equal(value, ours[name][1]), name
+
+
+@pytest.mark.data
+def test_metadata_differs_where_we_say(ours_gguf: Path, stock_gguf: Path) -> None:
+    ours, theirs = metadata(ours_gguf), metadata(stock_gguf)
+    assert set(ours) - set(theirs) == set(ONLY_OURS)
+    assert set(theirs) - set(ours) == set(ONLY_STOCK)
+    assert {key for key in set(ours) & set(theirs) if ours[key] != theirs[key]} == set(DIFFERENT)
+
+
+@pytest.mark.data
+def test_either_file_in_either_engine(stock: Path, ours_gguf: Path, stock_gguf: Path) -> None:
+    wanted = one(ours_gguf)
+    for gguf, where in ((stock_gguf, None), (ours_gguf, stock), (stock_gguf, stock)):
+        assert np.array_equal(one(gguf, engine=where), wanted)
+        assert tokenize(gguf, TEXTS, engine=where) == tokenize(ours_gguf, TEXTS)
+
+
+def one(gguf: Path, **options: Any) -> NDArray[np.float32]:
+    (logits,) = evaluate(gguf, [IDS], **options)
+    return logits
+
+
+@cache
+def reader(gguf: Path) -> GGUFReader:
+    return GGUFReader(gguf)
+
+
+def tensors(gguf: Path) -> dict[str, tuple[Any, NDArray[Any]]]:
+    return {tensor.name: (tensor.tensor_type, tensor.data) for tensor in reader(gguf).tensors}
+
+
+def metadata(gguf: Path) -> dict[str, Any]:
+    fields = reader(gguf).fields
+    return {key: field.contents() for key, field in fields.items() if not key.startswith("GGUF.")}

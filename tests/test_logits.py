@@ -1,0 +1,104 @@
+"""The engine's logits on converted checkpoints against the float64 reference, which reads the checkpoint itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+from engine_eval import evaluate
+from reference import Array
+
+from hymoe.convert.convert import ConvertOptions, convert
+from hymoe.convert.miniature import Spec, write
+
+pytestmark = pytest.mark.engine
+
+N_TOKENS = 200
+IDS = [int(token) for token in np.random.default_rng(1).integers(0, 2000, N_TOKENS)]
+SMALL: dict[str, Any] = {"n_layer": 2, "n_embd": 128, "head_dim": 32, "n_ff": 96, "n_expert": 8, "dtype": "F32"}
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "two shared experts": {"n_shared": 2},
+    "experts of their own width": {"n_ff": 128, "n_ff_exp": 64},
+    "untied head": {"tied": False},
+    "no alpha": {"alpha": None},
+    "saved by transformers 5": {"config_style": "transformers5"},
+    "heads wider than the hidden size": {"n_head": 8, "n_head_kv": 1},
+    "every expert answers": {"n_expert": 4, "n_expert_used": 4},
+    "shards": {"max_shard_bytes": 1 << 20},
+}
+
+# F32 weights and F32 KV: what is left is the rounding of float32 sums, 1e-12 here.
+F32_BOUND = 1e-9
+# Flash attention rounds K and V to F16: 1e-6 here.
+FLASH_BOUND = 1e-5
+# BF16 products round every activation to 8 bits too: 1.0e-4 to 1.2e-4 over six seeds where all experts answer. (Where
+# some are chosen, a close choice that turns over costs up to 5e-3, which says nothing about the arithmetic.)
+BF16_BOUND = 1e-3
+
+
+def converted(folder: Path, quant: str = "F32", **changes: Any) -> tuple[Path, Path]:
+    checkpoint, gguf = folder / "checkpoint", folder / f"{quant}.gguf"
+    write(checkpoint, Spec(**{**SMALL, **changes}))
+    convert(ConvertOptions(checkpoint, gguf, quant=quant))
+    return checkpoint, gguf
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Array]:
+    """Give the F32 file of the plain variant and what the reference says about it."""
+    checkpoint, gguf = converted(tmp_path_factory.mktemp("plain"))
+    return gguf, reference.logits(checkpoint, IDS)
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
+def test_f32(tmp_path: Path, changes: dict[str, Any]) -> None:
+    checkpoint, gguf = converted(tmp_path, **changes)
+    (got,) = evaluate(gguf, [IDS])
+    assert reference.kl(reference.logits(checkpoint, IDS), got) <= F32_BOUND
+
+
+def test_flash_attention(plain: tuple[Path, Array]) -> None:
+    gguf, wanted = plain
+    (got,) = evaluate(gguf, [IDS], flash_attn=True)
+    assert reference.kl(wanted, got) <= FLASH_BOUND
+
+
+def test_prompt_in_pieces(plain: tuple[Path, Array]) -> None:
+    gguf, wanted = plain
+    (got,) = evaluate(gguf, [IDS], n_ubatch=37)
+    assert reference.kl(wanted, got) <= F32_BOUND
+
+
+def test_bf16(tmp_path: Path) -> None:
+    checkpoint, gguf = converted(tmp_path, "BF16", dtype="BF16", n_expert=4, n_expert_used=4)
+    (got,) = evaluate(gguf, [IDS])
+    assert reference.kl(reference.logits(checkpoint, IDS), got) <= BF16_BOUND
+
+
+def test_top_1_weighs_with_the_raw_probability(tmp_path: Path) -> None:
+    checkpoint, gguf = converted(tmp_path)
+    overrides = {"hunyuan-moe.expert_used_count": "int:1", "hunyuan-moe.expert_weights_norm": "bool:false"}
+    (got,) = evaluate(gguf, [IDS], overrides=overrides)
+    assert reference.kl(reference.logits(checkpoint, IDS, n_expert_used=1), got) <= F32_BOUND
+
+
+def test_the_reference_drops_what_is_over_capacity() -> None:
+    # eight tokens that want the same 2 of 4 experts: room for max(2, 2 * 8 // 4) = 4 of them
+    p = np.tile([0.5, 0.3, 0.15, 0.05], (8, 1))
+    weight = reference.route(p, 2, "capacity")
+    assert np.allclose(weight[:4], [0.625, 0.375, 0, 0])
+    assert not weight[4:].any()
+    assert np.allclose(reference.route(p, 2, "topk"), [0.625, 0.375, 0, 0])
+    assert np.allclose(reference.route(p, 1, "capacity"), [0.5, 0, 0, 0])
+
+
+def test_the_reference_counts_rank_by_rank() -> None:
+    # token 0 wants expert 1 second, the others want it first: the first rank of all tokens is counted before the second
+    p = np.array([[0.6, 0.4, 0.0], [0.3, 0.7, 0.0], [0.3, 0.7, 0.0]])
+    weight = reference.route(p, 2, "capacity")  # capacity max(2, 2 * 3 // 3) = 2
+    assert np.allclose(weight, [[0.6, 0, 0], [0.3, 0.7, 0], [0, 0.7, 0]])
