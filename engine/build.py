@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -17,6 +19,7 @@ from hymoe.engine.installed import MANIFEST, Engine, engine_root, host, manifest
 from hymoe.errors import EngineError
 
 KEY_DIGITS: Final = 20
+FLAG_VARIABLES: Final = ("CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "CUDAFLAGS", "CUDAARCHS")
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,9 @@ class Recipe:
 
     source: str  # source_digest()
     flags: tuple[str, ...]
+    environment: tuple[tuple[str, str], ...]  # what CMake reads there
     backend: str
-    compiler: str
-    compiler_version: str
+    compilers: tuple[tuple[str, str], ...]  # path and version
     macros: str
 
     @property
@@ -67,7 +70,7 @@ def build(options: BuildOptions) -> Engine:
     begun = time.time_ns()
     if options.force or not manifest_of(entry):
         toolchain.check_room(engine_root(), backend)
-        with _lock(engine_root() / "lock"):
+        with _alone(engine_root() / "lock"):
             if not _made_since(entry, begun if options.force else 0):
                 _make(recipe, compiler, entry, options)
     os.utime(entry / MANIFEST)  # `find` takes the engine that was asked for last
@@ -84,9 +87,9 @@ def recipe_for(backend: str, compiler: toolchain.Compiler, *, stock: bool = Fals
     return Recipe(
         source=source_digest(stock=stock),
         flags=tuple(cmake.flags(backend)),
+        environment=tuple((name, os.environ[name]) for name in FLAG_VARIABLES if os.environ.get(name)),
         backend=backend,
-        compiler=str(compiler.path),
-        compiler_version=compiler.version,
+        compilers=((str(compiler.cxx), compiler.version), (str(compiler.cc), compiler.cc_version)),
         macros=compiler.macros,
     )
 
@@ -96,25 +99,21 @@ def _made_since(entry: Path, moment: int) -> bool:
     return manifest_of(entry) is not None and (entry / MANIFEST).stat().st_mtime_ns > moment
 
 
-class _lock:  # noqa: N801 - used as a context manager only
-    """One build at a time: waits for the other with a line that says so."""
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """One build at a time: wait for the other, with a line that says so."""
+    from filelock import FileLock, Timeout
 
-    def __init__(self, path: Path) -> None:
-        from filelock import FileLock
-
-        self._lock = FileLock(path)
-
-    def __enter__(self) -> None:
-        from filelock import Timeout
-
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            console.status("another build is running; waiting for it")
-            self._lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        console.status("another build is running; waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _make(recipe: Recipe, compiler: toolchain.Compiler, entry: Path, options: BuildOptions) -> None:
@@ -128,12 +127,12 @@ def _make(recipe: Recipe, compiler: toolchain.Compiler, entry: Path, options: Bu
         source.extract(sdist, scratch / "source")
         patches.apply(scratch / "source", stock=options.stock)
         manifest = _manifest(recipe, compiler, stock=options.stock)
-        arguments = [f"-DCMAKE_CXX_COMPILER={compiler.path}", *recipe.flags]
+        compilers = [f"-DCMAKE_CXX_COMPILER={compiler.cxx}", f"-DCMAKE_C_COMPILER={compiler.cc}"]
         begun = time.monotonic()
         cmake.compile_tree(
             scratch / "source",
             scratch / "build",
-            arguments=arguments,
+            arguments=[*compilers, *recipe.flags],
             targets=cmake.TARGETS,
             jobs=jobs,
             log=log,
@@ -160,7 +159,9 @@ def _manifest(recipe: Recipe, compiler: toolchain.Compiler, *, stock: bool) -> d
         "new_files": [file.as_posix() for file in patches.new_files(stock=stock)],
         "backend": recipe.backend,
         "flags": list(recipe.flags),
-        "compiler": {"path": recipe.compiler, "version": recipe.compiler_version},
+        "environment": dict(recipe.environment),
+        "compiler": {"path": str(compiler.cxx), "version": compiler.version},
+        "c_compiler": {"path": str(compiler.cc), "version": compiler.cc_version},
         "instruction_set": {"names": list(compiler.isa), "macros_sha256": compiler.macros},
         "host": host(),
         "built": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

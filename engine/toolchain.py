@@ -47,30 +47,32 @@ INSTRUCTION_SETS: Final = {
 
 @dataclass(frozen=True)
 class Compiler:
-    """A working C++ compiler.
+    """A working pair of compilers.
 
-    path: the executable. version: its first line about itself. isa: the instruction sets it builds for here,
-    by name. macros: hash of everything that `-march=native` sets, the exact form of `isa`.
+    cxx, cc: the executables. version, cc_version: the first line of each about itself. isa: the instruction sets
+    they build for here, by name. macros: hash of everything that `-march=native` sets, the exact form of `isa`.
     """
 
-    path: Path
+    cxx: Path
     version: str
+    cc: Path
+    cc_version: str
     isa: tuple[str, ...]
     macros: str
 
 
 def find_compiler() -> Compiler:
-    """Find the C++ compiler that CXX names, or c++, g++ or clang++, with a C compiler beside it.
+    """Find the C++ compiler that CXX names, or c++, g++ or clang++, and a C compiler (CC; cc, gcc, clang).
 
     Raises EngineError with the remedy where there is none, or where it does not work.
     """
-    path = _program("C++ compiler", "CXX", CXX_NAMES)
-    _program("C compiler", "CC", CC_NAMES)
-    version = _ask(path, "--version").partition("\n")[0].strip()
-    macros = _native_macros(path)
+    cxx = _program("C++ compiler", "CXX", CXX_NAMES)
+    cc = _program("C compiler", "CC", CC_NAMES)
+    macros = _native_macros(cxx)
     defined = set(re.findall(r"^#define (\S+)", macros, re.MULTILINE))
     isa = tuple(name for macro, name in INSTRUCTION_SETS.items() if macro in defined)
-    return Compiler(path, version, isa, hashlib.sha256(macros.encode()).hexdigest())
+    digest = hashlib.sha256(macros.encode()).hexdigest()
+    return Compiler(cxx, _version(cxx), cc, _version(cc), isa, digest)
 
 
 def choose_backend(wanted: str) -> str:
@@ -139,6 +141,10 @@ def _program(what: str, variable: str, names: Sequence[str]) -> Path:
     raise EngineError(f"no {what}", got=got, fix=f"unset {variable} or correct it" if given else GET_COMPILER)
 
 
+def _version(compiler: Path) -> str:
+    return _ask(compiler, "--version").partition("\n")[0].strip()
+
+
 def _native_macros(compiler: Path) -> str:
     # clang for ARM knows the running processor as -mcpu only; a compiler that knows neither builds for its default.
     for flags in (["-march=native"], ["-mcpu=native"], []):
@@ -156,7 +162,7 @@ def _ask(compiler: Path, *arguments: str) -> str:
     if done.returncode:
         lines = [*done.stderr.split("\n"), *done.stdout.split("\n")]
         reason = next((line for line in lines if line.strip()), f"exit status {done.returncode}")
-        raise EngineError(f"the C++ compiler {compiler} does not work", got=reason, fix=GET_COMPILER)
+        raise EngineError(f"the compiler {compiler} does not work", got=reason, fix=GET_COMPILER)
     return done.stdout
 
 

@@ -18,8 +18,8 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import BinaryIO, NoReturn
+from types import FrameType, TracebackType
+from typing import BinaryIO, NoReturn, Self
 
 from hymoe.errors import OutputError, ServerError
 
@@ -137,6 +137,14 @@ class Log:
         start = max(self._begin, size - TAIL_BYTES)
         text = os.pread(self.file.fileno(), size - start, start).decode("utf-8", "replace")
         return [line.rstrip() for line in text.splitlines() if line.strip()][-n_lines:]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, _type: type[BaseException] | None, _value: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def close(self) -> None:
         """Close the file."""

@@ -146,14 +146,19 @@ def test_a_failed_compile_names_the_error_and_the_log(
     assert leftovers(tiny) == []
 
 
-def test_an_interrupted_build_leaves_nothing_that_looks_finished(tiny: Path, tmp_path: Path) -> None:
-    runner = tmp_path / "runner.py"
-    arguments = ["build", "--backend", "cpu", "--no-bindings"]
+def started(folder: Path, **environment: str) -> subprocess.Popen[str]:
+    """`hy-engine build` of the tiny project in a process of its own."""
+    runner = folder / "runner.py"
     runner.write_text(
         "import sys\nfrom hymoe.engine import pin\nfrom hymoe.engine.cli import main\n"
-        f"pin.SHA256 = {pin.SHA256!r}\nsys.exit(main({arguments}))\n"
+        f"pin.SHA256 = {pin.SHA256!r}\n"
+        "sys.exit(main(['build', '--backend', 'cpu', '--no-bindings', '-j', '1']))\n"
     )
-    process = subprocess.Popen([sys.executable, runner], env={**os.environ, "TINY_SLOW": "1"}, stderr=subprocess.PIPE)
+    return subprocess.Popen([sys.executable, runner], env=os.environ | environment, stderr=subprocess.PIPE, text=True)
+
+
+def test_an_interrupted_build_leaves_nothing_that_looks_finished(tiny: Path, tmp_path: Path) -> None:
+    process = started(tmp_path, TINY_SLOW="1")
     deadline = time.monotonic() + 60
     while not sleepers() and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -161,9 +166,18 @@ def test_an_interrupted_build_leaves_nothing_that_looks_finished(tiny: Path, tmp
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert b"Traceback" not in err
+    assert "Traceback" not in err
     assert sleepers() == []
     assert leftovers(tiny) == []
+
+
+def test_two_builds_at_a_time_are_one_build(tiny: Path, tmp_path: Path) -> None:
+    processes = [started(tmp_path), started(tmp_path)]
+    said = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert sum("another build is running" in text for text in said) == 1
+    assert sum("configuring the engine" in text for text in said) == 1
+    assert len(leftovers(tiny)) == 1
 
 
 def sleepers() -> list[str]:
@@ -289,12 +303,18 @@ def test_a_backend_without_its_compiler(
 
 def test_the_key_follows_everything_a_build_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(cmake.EXTRA_VARIABLE, raising=False)
-    compiler = toolchain.Compiler(Path("/usr/bin/c++"), "c++ 12.2.0", ("AVX2",), "0" * 64)
+    compiler = toolchain.Compiler(
+        Path("/usr/bin/c++"), "c++ 12.2.0", Path("/usr/bin/cc"), "cc 12.2.0", ("AVX2",), "0" * 64
+    )
     keys = [recipe_for(backend, compiler).key for backend in toolchain.BACKENDS]
     keys.append(recipe_for("cpu", compiler, stock=True).key)
     keys.append(recipe_for("cpu", replace(compiler, version="c++ 13.0.0")).key)
-    keys.append(recipe_for("cpu", replace(compiler, path=Path("/usr/bin/clang++"))).key)
+    keys.append(recipe_for("cpu", replace(compiler, cxx=Path("/usr/bin/clang++"))).key)
+    keys.append(recipe_for("cpu", replace(compiler, cc_version="cc 13.0.0")).key)
     keys.append(recipe_for("cpu", replace(compiler, macros="1" * 64)).key)
+    monkeypatch.setenv("CXXFLAGS", "-g")
+    keys.append(recipe_for("cpu", compiler).key)
+    monkeypatch.delenv("CXXFLAGS")
     monkeypatch.setenv(cmake.EXTRA_VARIABLE, "-DGGML_LTO=ON")
     keys.append(recipe_for("cpu", compiler).key)
     monkeypatch.delenv(cmake.EXTRA_VARIABLE)

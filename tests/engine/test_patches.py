@@ -172,7 +172,7 @@ def test_ours_apply_to_the_pinned_source(tmp_path: Path, stock: bool) -> None:
 @pytest.mark.long
 def test_the_barrier_keeps_the_tile_configuration(tmp_path: Path) -> None:
     """Read from the machine code, since few machines have AMX: what the 64 bytes hold when they are loaded."""
-    compiler = toolchain.find_compiler().path
+    compiler = toolchain.find_compiler().cxx
     stored = {}
     for name in ("patched", "pinned"):
         source.extract(source.fetch(engine_root() / "sdist"), tmp_path / name)

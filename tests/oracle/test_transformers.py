@@ -32,7 +32,7 @@ F32_BOUND = 1e-9
 
 
 def checkpoint(folder: Path, style: Any) -> Path:
-    small = {"n_layer": 2, "n_embd": 128, "head_dim": 32, "n_ff": 96, "n_expert": 8}
+    small: dict[str, Any] = {"n_layer": 2, "n_embd": 128, "head_dim": 32, "n_ff": 96, "n_expert": 8}
     return write(folder / "checkpoint", Spec(**small, dtype="F32", config_style=style))
 
 

@@ -1,102 +1,20 @@
-"""A tiny HunYuan model for the runtime's tests: greedy by its own metadata, and its text is plain letters.
-
-Written with gguf-py and not with our converter, so that this room's tests say nothing about that one.
-"""
+"""A tiny model and a server that runs it."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-from gguf import GGUFWriter, TokenType
+
 from hymoe import engine
 from hymoe.chat_templates import fallback
 from hymoe.errors import EngineError
 from hymoe.runtime.server import Endpoint, ServerOptions, serve
+from tiny_model import write_model
 
-SPECIAL = ["<|endoftext|>", "<|startoftext|>", "<|bos|>", "<|eos|>", "<|pad|>"] + [f"<|extra_{i}|>" for i in range(6)]
-LETTERS = b"abcdefghijklmnopqrstuvwxyz "
-N_LAYER, N_EMBD, N_HEAD, N_HEAD_KV, HEAD_DIM, N_FF, N_EXPERT, N_EXPERT_USED = 2, 64, 4, 2, 16, 64, 4, 2
-TRAINED = 512  # tokens of context
-
-
-def byte_letters() -> list[str]:
-    """The printable character that stands for each byte in a byte-level BPE."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = iter(range(256, 512))
-    return [chr(byte) if byte in plain else chr(next(others)) for byte in range(256)]
-
-
-def write_model(path: Path, *, template: str | None = None, architecture: str = "hunyuan-moe", words: int = 0) -> Path:
-    """Write a model with random weights whose only likely tokens are small letters; `words` adds unused tokens."""
-    writer = GGUFWriter(path, architecture)
-    writer.add_name("tiny")
-    writer.add_context_length(TRAINED)
-    writer.add_embedding_length(N_EMBD)
-    writer.add_block_count(N_LAYER)
-    writer.add_head_count(N_HEAD)
-    writer.add_head_count_kv(N_HEAD_KV)
-    writer.add_key_length(HEAD_DIM)
-    writer.add_value_length(HEAD_DIM)
-    writer.add_rope_dimension_count(HEAD_DIM)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_feed_forward_length(N_FF)
-    writer.add_expert_count(N_EXPERT)
-    writer.add_expert_used_count(N_EXPERT_USED)
-    writer.add_expert_feed_forward_length(N_FF)
-    writer.add_expert_shared_feed_forward_length(N_FF)
-    writer.add_float32("general.sampling.temp", 0.0)
-    tokens = [*byte_letters(), *SPECIAL, *(f"word{i}" for i in range(words))]
-    n_special = len(SPECIAL)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("hunyuan")
-    writer.add_token_list(tokens)
-    writer.add_token_types([*[TokenType.NORMAL] * 256, *[TokenType.CONTROL] * n_special, *[TokenType.NORMAL] * words])
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(tokens.index("<|startoftext|>"))
-    writer.add_eos_token_id(tokens.index("<|eos|>"))
-    writer.add_add_bos_token(False)
-    if template is not None:
-        writer.add_chat_template(template)
-    for name, tensor in tensors(len(tokens)):
-        writer.add_tensor(name, tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def tensors(n_vocab: int) -> Iterator[tuple[str, np.ndarray]]:
-    random = np.random.default_rng(7)
-
-    def matrix(*shape: int) -> np.ndarray:
-        return (random.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float32)
-
-    output = np.zeros((n_vocab, N_EMBD), np.float32)
-    output[list(LETTERS)] = 4 * matrix(len(LETTERS), N_EMBD)
-    yield "token_embd.weight", matrix(n_vocab, N_EMBD) * 8
-    yield "output.weight", output
-    yield "output_norm.weight", np.ones(N_EMBD, np.float32)
-    q, kv = N_HEAD * HEAD_DIM, N_HEAD_KV * HEAD_DIM
-    shapes = {
-        **{"attn_q": (q, N_EMBD), "attn_k": (kv, N_EMBD), "attn_v": (kv, N_EMBD), "attn_output": (N_EMBD, q)},
-        **{"ffn_gate_inp": (N_EXPERT, N_EMBD), "ffn_gate_shexp": (N_FF, N_EMBD), "ffn_up_shexp": (N_FF, N_EMBD)},
-        **{"ffn_down_shexp": (N_EMBD, N_FF), "ffn_gate_exps": (N_EXPERT, N_FF, N_EMBD)},
-        **{"ffn_up_exps": (N_EXPERT, N_FF, N_EMBD), "ffn_down_exps": (N_EXPERT, N_EMBD, N_FF)},
-    }
-    norms = {"attn_norm": N_EMBD, "ffn_norm": N_EMBD, "attn_q_norm": HEAD_DIM, "attn_k_norm": HEAD_DIM}
-    for layer in range(N_LAYER):
-        for name, shape in shapes.items():
-            yield f"blk.{layer}.{name}.weight", matrix(*shape)
-        for name, width in norms.items():
-            yield f"blk.{layer}.{name}.weight", np.ones(width, np.float32)
+KEY = "the-key"
 
 
 @pytest.fixture(scope="session")
@@ -117,21 +35,15 @@ def llama_server() -> Path:
 @pytest.fixture(scope="module")
 def endpoint(llama_server: Path, tiny: Path) -> Iterator[Endpoint]:
     """A healthy server with a key, shared by a module's tests."""
-    with serve(ServerOptions(tiny, port=0, api_key="the-key", threads=1)) as endpoint:
+    with serve(ServerOptions(tiny, port=0, api_key=KEY, threads=1)) as endpoint:
         yield endpoint
 
 
-@pytest.fixture
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith(("LLAMA_", "AIP_")) or name == "HYMOE_API_KEY"]:
-        monkeypatch.delenv(name)
-
-
-def command(name: str, *arguments: object) -> list[str]:
-    """The installed script, run with this Python."""
-    return [sys.executable, str(Path(sys.executable).with_name(name)), *map(str, arguments)]
-
-
-def run(*words: str, **options: object) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end, its streams as text."""
-    return subprocess.run(words, text=True, capture_output=True, timeout=60, check=False, **options)  # type: ignore[call-overload, no-any-return]
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of the developer's own settings, and a terminal that knows no sequences."""
+    for name in os.environ:
+        if name.startswith(("LLAMA_", "AIP_")) or name in ("HYMOE_API_KEY", "NO_COLOR", "FORCE_COLOR"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setenv("COLUMNS", "200")

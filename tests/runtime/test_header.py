@@ -12,8 +12,7 @@ from gguf import GGUFReader, GGUFValueType, GGUFWriter
 from hymoe.chat_templates import fallback
 from hymoe.errors import ModelFileError
 from hymoe.runtime.header import peek, read
-
-from tests.runtime.conftest import TRAINED, write_model
+from tiny_model import TRAINED, write_model
 
 NUMBERS = {"uint8": 200, "int8": -3, "uint16": 60000, "int16": -4, "uint32": 7, "int32": -9, "uint64": 2**60, "int64": -5}
 

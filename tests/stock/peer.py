@@ -68,9 +68,21 @@ def python() -> Path:
         return Path(given)
     venv = ROOT / ".venv-oracle"
     found = venv / "bin" / "python"
-    if not found.is_file() or subprocess.run([found, "-c", "import torch, transformers, tiktoken"], check=False).returncode:
+    if (
+        not found.is_file()
+        or subprocess.run([found, "-c", "import torch, transformers, tiktoken"], check=False).returncode
+    ):
         subprocess.run([sys.executable, "-m", "venv", venv], check=True)
-        pip = [found, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--editable", ".[dev,oracle]"]
+        pip: list[str | Path] = [
+            found,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--editable",
+            ".[dev,oracle]",
+        ]
         subprocess.run(pip, check=True, cwd=ROOT)
     return found
 

@@ -28,7 +28,11 @@ IDS = [int(token) for token in np.random.default_rng(4).integers(0, 1790, 200)]
 
 # The stock converter asserts that heads are 128 wide, hidden_size / heads, and knows only the real vocabulary.
 REAL: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_head_kv": 1, "head_dim": 128, "n_embd": 256, "n_expert": 8}
-TEXTS = ["The lamp at the end of the pier, 1234567890 times; it's DON'T.", "一个小女孩拿来一只旧怀表。", "🙂 naïve\n\n  café\x00"]
+TEXTS = [
+    "The lamp at the end of the pier, 1234567890 times; it's DON'T.",
+    "一个小女孩拿来一只旧怀表。",
+    "🙂 naïve\n\n  café\x00",
+]
 
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q4_K_M", "IQ4_XS")
 RUNS: dict[str, dict[str, Any]] = {
