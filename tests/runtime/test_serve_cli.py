@@ -1,0 +1,162 @@
+"""`hy-serve` as a user meets it: the whole screen, exit statuses, and no process left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from hymoe.runtime.serve_cli import main
+from terminal import Terminal, command, ends_within, engine_of, is_running, run
+from tiny_model import TRAINED, write_model
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        number: int = probe.getsockname()[1]
+        return number
+
+
+@contextmanager
+def serving(model: Path, port: int, *more: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A healthy hy-serve and its engine's process id."""
+    words = command("hy-serve", model, "--port", port, "--threads", 1, *more)
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as parent:
+        try:
+            assert parent.stderr is not None
+            lines = [parent.stderr.readline(), parent.stderr.readline()]
+            assert lines == [f"loading {model}\n", f"ready: http://127.0.0.1:{port} (context {TRAINED})\n"]
+            engine = engine_of(parent.pid)
+            assert engine is not None
+            yield parent, engine
+        finally:
+            parent.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_it_in_order(llama_server: Path, tiny: Path, port: int, number: signal.Signals) -> None:
+    with serving(tiny, port) as (parent, engine):
+        assert httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False).json() == {"status": "ok"}
+        parent.send_signal(number)
+        out, err = parent.communicate(timeout=15)
+        assert (parent.returncode, out, err) == (0, "", "stopping\n")
+        assert not is_running(engine)
+
+
+def test_killing_it_kills_the_engine(llama_server: Path, tiny: Path, port: int) -> None:
+    with serving(tiny, port) as (parent, engine):
+        parent.kill()
+        parent.wait()
+        assert ends_within(engine, 2.0)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, 137), (signal.SIGTERM, 0)])
+def test_the_engines_exit_status_is_passed_on(
+    llama_server: Path, tiny: Path, port: int, number: signal.Signals, status: int
+) -> None:
+    with serving(tiny, port) as (parent, engine):
+        os.kill(engine, number)
+        _, err = parent.communicate(timeout=15)
+        assert parent.returncode == status
+        how = "killed by SIGKILL" if status else "exit status 0"
+        assert f"error: the engine stopped while serving: {how}" in err
+        assert "  | " in err  # the end of its log
+
+
+def test_ctrl_c_on_a_terminal(llama_server: Path, tiny: Path, port: int) -> None:
+    with Terminal(command("hy-serve", tiny, "--port", port, "--threads", 1)) as terminal:
+        terminal.expect("ready")
+        terminal.type("\x03")
+        assert terminal.wait() == 0
+        assert terminal.screen == (
+            f"loading {tiny}\nready: http://127.0.0.1:{port} (context {TRAINED})\n^Cstopping\n"
+        )
+
+
+def test_a_key_from_the_environment(
+    llama_server: Path, tiny: Path, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HYMOE_API_KEY", "abc")
+    with serving(tiny, port), httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
+        assert client.get("/v1/models").status_code == 401
+        assert client.get("/v1/models", headers={"Authorization": "Bearer abc"}).status_code == 200
+
+
+def test_the_whole_network_is_warned_about(llama_server: Path, tiny: Path, port: int) -> None:
+    with Terminal(command("hy-serve", tiny, "--host", "0.0.0.0", "--port", port, "--threads", 1)) as terminal:
+        terminal.expect(f"ready: http://127.0.0.1:{port} ")
+        terminal.type("\x03")
+        assert terminal.wait() == 0
+    warning = "warning: everybody who reaches 0.0.0.0 can use this server; HYMOE_API_KEY sets a key\n"
+    assert terminal.screen.startswith(warning)
+
+
+def test_quiet_says_nothing_and_verbose_shows_the_log(llama_server: Path, tiny: Path, port: int) -> None:
+    flag = "--no-such-flag"
+    quiet = run(command("hy-serve", tiny, "--port", port, "-q", "--", flag))
+    assert (quiet.returncode, quiet.stdout) == (1, "")
+    assert quiet.stderr.startswith("error: the engine stopped while it was starting: exit status 1; its log says: ")
+    assert quiet.stderr.count("\n") == 1
+    verbose = run(command("hy-serve", tiny, "--port", port, "-v", "--", flag))
+    assert verbose.stderr.startswith(f"loading {tiny}\nstarting {llama_server} --model {tiny} --host 127.0.0.1 ")
+    assert verbose.stderr.endswith(quiet.stderr)
+    assert "  | " not in verbose.stderr  # shown once is enough
+
+
+def test_a_taken_port_is_one_line(llama_server: Path, tiny: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        done = run(command("hy-serve", tiny, "--port", port))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        f"loading {tiny}\nerror: port {port}: got one that another program listens on, expected a free one; "
+        "give another with --port\n"
+    )
+
+
+def test_bad_models_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, llama = tmp_path / "text.gguf", write_model(tmp_path / "llama.gguf", architecture="llama")
+    text.write_text("# hello\n")
+    lines = {
+        tmp_path / "none.gguf": "no such file: expected a GGUF file; hy-convert makes one",
+        tmp_path: "model: got a folder, expected a GGUF file; hy-convert makes one from a checkpoint folder",
+        text: "not a GGUF: got '# he', expected 'GGUF' at its start; hy-convert makes one",
+        llama: "architecture: got llama, expected hunyuan-moe; hymoe runs HunYuan mixture-of-experts models; "
+        "make one with hy-convert",
+    }
+    for path, line in lines.items():
+        assert main([str(path), "-q"]) == 1
+        assert capsys.readouterr() == ("", f"error: {path}: {line}\n")
+
+
+def test_no_engine_is_one_line(tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("HYMOE_ENGINE", raising=False)
+    done = run(command("hy-serve", tiny, "-q"), env={"HYMOE_CACHE": str(tmp_path)})
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: no engine in ")
+    assert "hy-engine build" in done.stderr
+
+
+@pytest.mark.parametrize("words", [[], ["m.gguf", "--port", "70000"], ["m.gguf", "--ctx", "-1"]])
+def test_usage(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    assert "Usage: hy-serve" in capsys.readouterr().err
+
+
+def test_help_is_instant_and_names_everything() -> None:
+    done = run([*command("hy-serve")[:1], "-X", "importtime", *command("hy-serve", "--help")[1:]])
+    assert done.returncode == 0
+    for flag in ("--host", "--port", "--ctx", "--threads", "--log", "--quiet", "--verbose", "HYMOE_API_KEY"):
+        assert flag in done.stdout
+    imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
+    assert not imported & {"httpx", "numpy", "gguf", "jinja2", "rich.progress"}
