@@ -70,7 +70,7 @@ def print_plan(plan: Plan) -> None:
     kinds: dict[tuple[str, ...], list[int]] = {}
     for tensor in plan.tensors:
         name = re.sub(r"^blk\.\d+\.", "blk.*.", tensor.name)
-        sources = "+".join(sorted({ref.dtype for ref in tensor.sources}))
+        sources = "+".join(sorted({source.format for source in tensor.sources}))
         shape = " × ".join(map(str, tensor.shape))
         total = kinds.setdefault((name, shape, sources, tensor.qtype.name), [0, 0])
         total[0] += 1

@@ -11,6 +11,7 @@ from hymoe.convert.architectures import Architecture
 from hymoe.convert.checkpoint import Checkpoint, open_checkpoint
 from hymoe.convert.config import Config
 from hymoe.convert.plan import QUANTS, Plan, make_plan
+from hymoe.convert.sources import gather
 from hymoe.convert.vocab import Vocabulary, read_vocabulary
 from hymoe.convert.writer import check_disk, write_gguf
 from hymoe.errors import CheckpointError, OutputError
@@ -46,10 +47,9 @@ def prepare(model_dir: Path, quant: str) -> Conversion:
     config = Config.load(model_dir / "config.json")
     generation = model_dir / "generation_config.json"
     generated = Config.load(generation) if generation.is_file() else Config({}, generation.name)
-    config.expect("quantization_config")
     arch = architectures.load(config, generated)
     checkpoint = open_checkpoint(model_dir)
-    plan = make_plan(checkpoint, arch, quant)
+    plan = make_plan(gather(checkpoint, config), arch, quant)
     vocabulary = read_vocabulary(model_dir, arch.n_vocab, arch.n_extra)
     keys = (
         *metadata.general(model_dir, arch, plan),

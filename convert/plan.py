@@ -11,10 +11,10 @@ from gguf import GGMLQuantizationType, LlamaFileType
 
 from hymoe import sizes
 from hymoe.convert.architectures import Architecture, Row
-from hymoe.convert.checkpoint import Checkpoint, TensorRef
+from hymoe.convert.checkpoint import TensorRef
+from hymoe.convert.sources import Gathered, Source
+from hymoe.convert.sources.plain import DECODE, Plain
 from hymoe.errors import CheckpointError, UnsupportedError
-
-FLOAT_DTYPES = ("BF16", "F16", "F32")
 
 # --quant -> type of the matrices, general.file_type
 QUANTS = {
@@ -32,7 +32,7 @@ class PlannedTensor:
     name: str
     shape: tuple[int, ...]
     qtype: GGMLQuantizationType
-    sources: tuple[TensorRef, ...]
+    sources: tuple[Source, ...]
 
     @property
     def n_bytes(self) -> int:
@@ -47,7 +47,7 @@ class Plan:
     quant: str
     file_type: LlamaFileType
     tensors: tuple[PlannedTensor, ...]
-    dropped: tuple[TensorRef, ...]
+    dropped: tuple[TensorRef | Source, ...]
 
     @property
     def data_bytes(self) -> int:
@@ -57,7 +57,7 @@ class Plan:
     @property
     def source_bytes(self) -> int:
         """Bytes that will be read."""
-        return sum(ref.n_bytes for tensor in self.tensors for ref in tensor.sources)
+        return sum(source.n_bytes for tensor in self.tensors for source in tensor.sources)
 
     @property
     def n_params(self) -> int:
@@ -65,26 +65,29 @@ class Plan:
         return sum(prod(tensor.shape) for tensor in self.tensors)
 
 
-def make_plan(checkpoint: Checkpoint, arch: Architecture, quant: str) -> Plan:
-    """Match the checkpoint against the architecture's rows, both ways, and lay out the GGUF.
+def make_plan(gathered: Gathered, arch: Architecture, quant: str) -> Plan:
+    """Match the checkpoint's sources against the architecture's rows, both ways, and lay out the GGUF.
 
     Raises CheckpointError for a tensor that is missing, unexpected, misshapen or of the wrong dtype, by name and file;
     UnsupportedError where a row of weights is no whole number of blocks of the wanted type.
     """
-    left = dict(checkpoint.tensors)
+    left = dict(gathered[0])
+    n_sources = len(left)
     target, file_type = QUANTS[quant]
     planned: list[PlannedTensor] = []
-    dropped: list[TensorRef] = []
+    dropped: list[TensorRef | Source] = [*gathered[1]]
     for row, layer in _unroll(arch):
-        refs = tuple(_take(left, checkpoint, arch, row, layer))
+        sources = tuple(_take(left, n_sources, arch, row, layer))
         if row.gguf is None:
-            dropped += refs
-        elif refs:
-            planned.append(_planned(arch, row, layer, refs, target))
+            dropped += sources
+        elif sources:
+            planned.append(_planned(arch, row, layer, sources, target))
     if left:
-        ref = next(iter(left.values()))
+        source = next(iter(left.values()))
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
-        raise CheckpointError(f"unexpected tensor {ref}{more}", fix=f"config.json describes a {arch.name} without it")
+        raise CheckpointError(
+            f"unexpected tensor {source}{more}", fix=f"config.json describes a {arch.name} without it"
+        )
     return Plan(quant, file_type, tuple(planned), tuple(dropped))
 
 
@@ -97,37 +100,35 @@ def _unroll(arch: Architecture) -> Iterator[tuple[Row, int]]:
         yield row, layer
 
 
-def _take(
-    left: dict[str, TensorRef], checkpoint: Checkpoint, arch: Architecture, row: Row, layer: int
-) -> Iterator[TensorRef]:
+def _take(left: dict[str, Source], n_sources: int, arch: Architecture, row: Row, layer: int) -> Iterator[Source]:
     shape = tuple(arch.sizes[symbol] for symbol in row.shape)
     for expert in range(arch.n_expert) if "{e}" in row.hf else (0,):
         name = row.hf.format(l=layer, e=expert)
-        ref = left.pop(name, None)
-        if ref is None:
+        source = left.pop(name, None)
+        if source is None:
             if row.optional:
                 continue
             raise CheckpointError(
-                f"missing tensor {name}",
-                got=f"{len(checkpoint.tensors)} others in {checkpoint.folder}",
-                fix="download the whole repository",
+                f"missing tensor {name}", got=f"{n_sources} others", fix="download the whole repository"
             )
-        if ref.shape != shape:
-            raise CheckpointError(f"shape of {ref}", got=list(ref.shape), expected=f"{list(shape)} = {list(row.shape)}")
-        if ref.dtype not in FLOAT_DTYPES:
-            raise CheckpointError(f"dtype of {ref}", got=ref.dtype, expected=" or ".join(FLOAT_DTYPES))
-        yield ref
+        if source.shape != shape:
+            raise CheckpointError(
+                f"shape of {source}", got=list(source.shape), expected=f"{list(shape)} = {list(row.shape)}"
+            )
+        if isinstance(source, Plain) and source.format not in DECODE:
+            raise CheckpointError(f"dtype of {source}", got=source.format, expected=" or ".join(DECODE))
+        yield source
 
 
 def _planned(
-    arch: Architecture, row: Row, layer: int, refs: tuple[TensorRef, ...], target: GGMLQuantizationType
+    arch: Architecture, row: Row, layer: int, sources: tuple[Source, ...], target: GGMLQuantizationType
 ) -> PlannedTensor:
     assert row.gguf is not None
-    shape = refs[0].shape if "{e}" not in row.hf else (arch.n_expert, *refs[0].shape)
+    shape = sources[0].shape if "{e}" not in row.hf else (arch.n_expert, *sources[0].shape)
     qtype = GGMLQuantizationType.F32 if row.precision == "f32" else target
     name = row.gguf.format(l=layer)
     try:
         sizes.row_bytes(shape[-1], qtype)
     except ValueError as exc:
         raise UnsupportedError(f"{name} as {qtype.name}: {exc}", fix="choose --quant BF16") from exc
-    return PlannedTensor(name, shape, qtype, refs)
+    return PlannedTensor(name, shape, qtype, sources)

@@ -10,9 +10,8 @@ import errno
 import fcntl
 import os
 import shutil
-import threading
 from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -24,25 +23,29 @@ from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 from hymoe import sizes
 from hymoe.console import Tick, format_bytes
 from hymoe.convert.architectures import Key
-from hymoe.convert.checkpoint import Checkpoint, TensorRef
+from hymoe.convert.checkpoint import Checkpoint
 from hymoe.convert.plan import Plan
-from hymoe.convert.weights import encoder
+from hymoe.convert.sources import Source
+from hymoe.convert.weights import encoded
 from hymoe.errors import OutputError
 
-CHUNK_BYTES = 8 << 20
+CHUNK_BYTES = 16 << 20
 MAX_WORKERS = 4
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Whole rows of one source tensor: its bytes [start, start + n_bytes) become the output's from `target` on."""
+    """Rows of one source, and where their bytes as `qtype` go in the output."""
 
-    ref: TensorRef
-    start: int
-    n_bytes: int
+    source: Source
+    rows: range
     target: int
     qtype: GGMLQuantizationType
-    n_per_row: int
+
+    @property
+    def n_bytes(self) -> float:
+        """Stored bytes of the rows, for progress."""
+        return self.source.n_bytes * len(self.rows) / self.source.n_rows
 
 
 def write_gguf(path: Path, checkpoint: Checkpoint, plan: Plan, *, arch: str, keys: Iterable[Key], tick: Tick) -> int:
@@ -73,24 +76,18 @@ def check_disk(path: Path, need: int) -> None:
 
 
 def chunks(plan: Plan, data_start: int) -> Iterator[Chunk]:
-    """Cut the plan's tensors into chunks of about CHUNK_BYTES of source, in file order."""
+    """Cut the plan's tensors into chunks of about CHUNK_BYTES as float32, in file order."""
     offset = data_start
     for tensor in plan.tensors:
-        n_per_row = tensor.shape[-1]
-        row_out = sizes.row_bytes(n_per_row, tensor.qtype)
+        row_out = sizes.row_bytes(tensor.shape[-1], tensor.qtype)
+        step = max(1, CHUNK_BYTES // (4 * tensor.shape[-1]))
         target = offset
-        for ref in tensor.sources:
-            row_in = n_per_row * ref.n_bytes // max(1, _n_elements(ref.shape))
-            step = max(1, CHUNK_BYTES // row_in) * row_in
-            for start in range(0, ref.n_bytes, step):
-                n_bytes = min(step, ref.n_bytes - start)
-                yield Chunk(ref, start, n_bytes, target, tensor.qtype, n_per_row)
-                target += n_bytes // row_in * row_out
+        for source in tensor.sources:
+            for first in range(0, source.n_rows, step):
+                rows = range(first, min(first + step, source.n_rows))
+                yield Chunk(source, rows, target + first * row_out, tensor.qtype)
+            target += source.n_rows * row_out
         offset += sizes.padded(tensor.n_bytes)
-
-
-def _n_elements(shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape, dtype=np.int64))
 
 
 @contextmanager
@@ -149,31 +146,22 @@ def _write_head(part: Path, plan: Plan, arch: str, keys: Iterable[Key]) -> int:
 
 def _run(pool: ThreadPoolExecutor, fd: int, checkpoint: Checkpoint, todo: Iterator[Chunk], tick: Tick) -> None:
     """Keep every worker busy with a bounded number of chunks in flight; stop at the first error."""
-    buffers = threading.local()
-    in_flight = {pool.submit(_copy, chunk, fd, checkpoint, buffers) for chunk in islice(todo, 2 * MAX_WORKERS)}
+    in_flight = {pool.submit(_copy, chunk, fd, checkpoint) for chunk in islice(todo, 2 * MAX_WORKERS)}
     try:
         while in_flight:
             done, in_flight = wait(in_flight, return_when=FIRST_COMPLETED)
             for future in done:
                 tick(future.result())
-            in_flight |= {pool.submit(_copy, chunk, fd, checkpoint, buffers) for chunk in islice(todo, len(done))}
+            in_flight |= {pool.submit(_copy, chunk, fd, checkpoint) for chunk in islice(todo, len(done))}
     except BaseException:
-        _cancel(in_flight)
+        for future in in_flight:
+            future.cancel()
         raise
 
 
-def _cancel(futures: Iterable[Future[int]]) -> None:
-    for future in futures:
-        future.cancel()
-
-
-def _copy(chunk: Chunk, fd: int, checkpoint: Checkpoint, buffers: threading.local) -> int:
-    """Read, convert and write one chunk; gives its number of source bytes."""
-    if not hasattr(buffers, "raw") or buffers.raw.size < chunk.n_bytes:
-        buffers.raw = np.empty(max(CHUNK_BYTES, chunk.n_bytes), np.uint8)
-    raw = buffers.raw[: chunk.n_bytes]
-    checkpoint.read_into(chunk.ref, chunk.start, memoryview(raw))
-    view = encoder(chunk.ref, chunk.qtype, chunk.n_per_row)(raw).data.cast("B")
+def _copy(chunk: Chunk, fd: int, checkpoint: Checkpoint) -> float:
+    """Read, convert and write one chunk; gives its number of stored bytes."""
+    view = encoded(checkpoint, chunk.source, chunk.rows, chunk.qtype).data
     done = 0
     while done < len(view):
         done += os.pwrite(fd, view[done:], chunk.target + done)
