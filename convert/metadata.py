@@ -58,9 +58,8 @@ def general(folder: Path, arch: Architecture, plan: Plan) -> Iterator[Key]:
     yield Key("general.file_type", int(plan.file_type), "UINT32")
     yield Key("general.quantization_version", GGML_QUANT_VERSION, "UINT32")
     yield Key("hymoe.version", hymoe.__version__, "STRING")
-    yield Key(
-        "hymoe.source.dtype", "+".join(sorted({source.format for t in plan.tensors for source in t.sources})), "STRING"
-    )
+    formats = {source.format for tensor in plan.tensors for source in tensor.sources}
+    yield Key("hymoe.source.format", "+".join(sorted(formats)), "STRING")
 
 
 def sampling(generation: Config) -> Iterator[Key]:

@@ -85,9 +85,7 @@ def make_plan(gathered: Gathered, arch: Architecture, quant: str) -> Plan:
     if left:
         source = next(iter(left.values()))
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
-        raise CheckpointError(
-            f"unexpected tensor {source}{more}", fix=f"config.json describes a {arch.name} without it"
-        )
+        raise CheckpointError(f"unexpected tensor {source}{more}", fix=f"config.json describes a {arch.name} without")
     return Plan(quant, file_type, tuple(planned), tuple(dropped))
 
 

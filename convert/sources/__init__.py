@@ -48,7 +48,7 @@ class Source(ABC):
 
     @abstractmethod
     def read(self, checkpoint: Checkpoint, first: int, count: int) -> Floats:
-        """Give the exact values of rows [first, first + count) as float32 [count, n_per_row]. Safe from several threads.
+        """Give the exact values of rows [first, first + count) as float32 [count, n_per_row]; from any thread.
 
         Raises CheckpointError for stored values that mean no number, naming tensor and place.
         """

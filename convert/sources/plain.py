@@ -20,9 +20,9 @@ def _bf16_to_f32(raw: Bytes) -> Floats:
 
 
 DECODE: dict[str, Callable[[Bytes], Floats]] = {
-    "F32": lambda raw: raw.view(np.float32),
-    "F16": lambda raw: raw.view(np.float16).astype(np.float32),
     "BF16": _bf16_to_f32,
+    "F16": lambda raw: raw.view(np.float16).astype(np.float32),
+    "F32": lambda raw: raw.view(np.float32),
 }
 
 
