@@ -7,23 +7,27 @@ and weights are read with pread, so that memory stays what the caller allocates.
 
 from __future__ import annotations
 
-import json
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
-from typing import Any, Self, TypeGuard
+from typing import Any, Protocol, Self, TypeGuard, TypeVar
 
-from hymoe.convert.config import read_json
+from hymoe.convert.config import parse_json, read_json
 from hymoe.errors import CheckpointError, UnsupportedError
 
 # The library's own limit on a header (huggingface/safetensors, tensor.rs, MAX_HEADER_SIZE).
 MAX_HEADER_BYTES = 100_000_000
 INDEX_NAME = "model.safetensors.index.json"
 FETCH_AGAIN = "download the file again"
+PICKLES = (".bin", ".pt", ".pth")
+FIRST_READ = 128 << 10
+HEADERS_AT_ONCE = 8
 
 # safetensors dtype -> bytes per element
 DTYPE_BYTES = {
@@ -49,17 +53,31 @@ class TensorRef:
         return f"{self.name} ({self.file.name})"
 
 
+class Stored(Protocol):
+    """Anything that is read from stored tensors; a Source is one."""
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """The stored tensors it is read from."""
+
+
+StoredT = TypeVar("StoredT", bound=Stored)
+
+
 @dataclass
 class Checkpoint:
-    """The tensors of a folder, by name. Use as a context manager: files stay open inside."""
+    """The tensors of a checkpoint, by name. Use as a context manager: files stay open inside.
+
+    The files may come and go while they are read (a download), so who reads says what it needs: `arrange` once, then
+    `require` before and `finished` after each piece. For a folder on disk these cost nothing.
+    """
 
     folder: Path
-    tensors: dict[str, TensorRef]
+    tensors: Mapping[str, TensorRef]
     _fds: dict[Path, int] = field(default_factory=dict)
+    _lock: Lock = field(default_factory=Lock)
 
     def __enter__(self) -> Self:
-        for file in {ref.file for ref in self.tensors.values()}:
-            self._fds[file] = os.open(file, os.O_RDONLY)
         return self
 
     def __exit__(
@@ -68,82 +86,189 @@ class Checkpoint:
         while self._fds:
             os.close(self._fds.popitem()[1])
 
+    @property
+    def extra_disk(self) -> int:
+        """Bytes of disk that reading takes for a while."""
+        return 0
+
+    def arrange(self, pieces: Sequence[StoredT]) -> list[StoredT]:
+        """Give the pieces that will be read in the order in which they should be: once, before the first is read."""
+        return list(pieces)
+
+    def require(self, piece: Stored) -> None:
+        """Return when the piece can be read. Raises a HyError where it never can."""
+
+    def finished(self, piece: Stored) -> None:
+        """Say that the piece's values are in the output and will not be read again. Safe from any thread."""
+
+    def stop(self) -> None:
+        """Let everyone who waits in `require` go: the work has failed elsewhere. Safe from any thread."""
+
     def read_into(self, ref: TensorRef, start: int, buffer: memoryview) -> None:
         """Fill `buffer` with the tensor's bytes from byte `start` on. Safe from several threads."""
+        fd = self._open(ref.file)
         done = 0
         while done < len(buffer):
-            n = os.preadv(self._fds[ref.file], [buffer[done:]], ref.offset + start + done)
+            n = os.preadv(fd, [buffer[done:]], ref.offset + start + done)
             if n == 0:
                 raise CheckpointError(f"{ref}: the file ended while it was read", fix=FETCH_AGAIN)
             done += n
 
+    def _open(self, file: Path) -> int:
+        with self._lock:
+            if file not in self._fds:
+                self._fds[file] = os.open(file, os.O_RDONLY)
+            return self._fds[file]
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+    def _close(self, file: Path) -> None:
+        with self._lock:
+            fd = self._fds.pop(file, None)
+        if fd is not None:
+            os.close(fd)
+
+
+class Files(Protocol):
+    """The files of a checkpoint, wherever they are: a folder, or a repository on the hub."""
+
+    @property
+    def folder(self) -> Path:
+        """Where they are, or will be when they are read."""
+
+    def sizes(self) -> Mapping[str, int]:
+        """Bytes of every file, by name."""
+
+    def identity(self, name: str) -> str:
+        """Tell a file's content from any other it may have had or get."""
+
+    def read(self, name: str, start: int, count: int) -> bytes:
+        """Read at most `count` bytes from byte `start` of a file on. Raises a HyError where it cannot."""
+
+    def checkpoint(self, tensors: Mapping[str, TensorRef]) -> Checkpoint:
+        """Give the checkpoint of these tensors."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Files in a folder on disk."""
+
+    folder: Path
+
+    def sizes(self) -> Mapping[str, int]:
+        """Bytes of every file, by name."""
+        return {file.name: file.stat().st_size for file in self.folder.iterdir() if file.is_file()}
+
+    def identity(self, name: str) -> str:
+        """Tell a file's content from any other it may have had: by size and time of its last change."""
+        stat = (self.folder / name).stat()
+        return f"{stat.st_size} bytes of {stat.st_mtime_ns}"
+
+    def read(self, name: str, start: int, count: int) -> bytes:
+        """Read at most `count` bytes from byte `start` of a file on. Raises CheckpointError where it cannot."""
+        file = self.folder / name
+        try:
+            with file.open("rb") as stream:
+                stream.seek(start)
+                return stream.read(count)
+        except OSError as exc:
+            raise CheckpointError(f"{file}: {exc.strerror}", fix=FETCH_AGAIN) from exc
+
+    def checkpoint(self, tensors: Mapping[str, TensorRef]) -> Checkpoint:
+        """Give the checkpoint of these tensors."""
+        return Checkpoint(self.folder, tensors)
+
+
+def open_checkpoint(files: Files) -> Checkpoint:
     """List a checkpoint's tensors from its index, or from every *.safetensors file where it has none.
 
     Raises CheckpointError for a missing or unsafe shard, a corrupt header, or a tensor that is in two files or in
     none; UnsupportedError for PyTorch pickles, which would run code.
     """
-    index = folder / INDEX_NAME
-    if index.is_file():
-        return Checkpoint(folder, _from_index(folder, index))
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
-            raise UnsupportedError(
-                f"{folder}: weights",
-                got="PyTorch pickle files",
-                expected="*.safetensors",
-                fix="download the safetensors form: a pickle can run code",
+    return files.checkpoint(list_tensors(files))
+
+
+def list_tensors(files: Files) -> dict[str, TensorRef]:
+    """Give every stored tensor by name, from the headers alone. Raises as `open_checkpoint` does."""
+    sizes = files.sizes()
+    if INDEX_NAME in sizes:
+        return _from_index(files, sizes)
+    shards = sorted(name for name in sizes if name.endswith(".safetensors"))
+    if not shards:
+        raise no_weights(files)
+    return _merge(_headers(files, shards, sizes))
+
+
+def no_weights(files: Files) -> CheckpointError | UnsupportedError:
+    """Say why a checkpoint without *.safetensors cannot be read."""
+    pickles = sorted(name for name in files.sizes() if name.endswith(PICKLES))
+    if not pickles:
+        return CheckpointError(
+            f"{files.folder}: weights", got="no *.safetensors file", fix="download the whole repository"
+        )
+    return UnsupportedError(
+        f"{files.folder}: weights",
+        got=f"PyTorch pickle files ({pickles[0]})",
+        expected="*.safetensors",
+        fix="a pickle can run code: take the safetensors form, or where you trust the file save it again with "
+        "save_pretrained of transformers, in an environment of its own",
+    )
+
+
+def read_index(files: Files) -> dict[str, str]:
+    """Read the index's weight_map: tensor name -> file name. Raises CheckpointError for anything else in it."""
+    weight_map = read_json(files.folder / INDEX_NAME).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{INDEX_NAME}: weight_map", got=type(weight_map).__name__, expected="a JSON object")
+    for name, shard in weight_map.items():
+        # A plain name only: "../x" or "/x" would read outside the folder. (Links are fine: the hub's cache is links.)
+        if not isinstance(shard, str) or shard in ("", ".", "..") or Path(shard).name != shard or "\\" in shard:
+            raise CheckpointError(
+                f"{INDEX_NAME}: shard of {name}", got=repr(shard), expected="a file name inside the model folder"
             )
-        raise CheckpointError(f"{folder}: weights", got="no *.safetensors file", fix="download the whole repository")
-    return Checkpoint(folder, _merge([read_header(file) for file in files]))
+    return weight_map
 
 
-def read_header(file: Path) -> dict[str, TensorRef]:
-    """Read one safetensors header. Raises CheckpointError naming the file for anything that does not add up."""
-    try:
-        with file.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            head = stream.read(8)
-            n_header = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-            if not 2 <= n_header <= min(MAX_HEADER_BYTES, size - 8):
-                raise CheckpointError(
-                    f"{file.name}: truncated or not safetensors",
-                    got=f"a header of {n_header} bytes in a file of {size}",
-                    fix=FETCH_AGAIN,
-                )
-            raw = stream.read(n_header)
-    except OSError as exc:
-        raise CheckpointError(f"{file}: {exc.strerror}", fix=FETCH_AGAIN) from exc
+def _headers(files: Files, shards: Iterable[str], sizes: Mapping[str, int]) -> list[dict[str, TensorRef]]:
+    """Read the shards' headers, several at a time: on the hub each costs a few round trips."""
+    with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
+        return list(pool.map(lambda name: read_header(files, name, sizes[name]), shards))
+
+
+def read_header(files: Files, name: str, size: int) -> dict[str, TensorRef]:
+    """Read the header of a file of `size` bytes. Raises CheckpointError naming it for anything that does not add up."""
+    # One read is enough for nearly every header.
+    head = files.read(name, 0, FIRST_READ)
+    n_header = struct.unpack("<Q", head[:8])[0] if len(head) >= 8 else 0
+    if not 2 <= n_header <= min(MAX_HEADER_BYTES, size - 8):
+        raise CheckpointError(
+            f"{name}: truncated or not safetensors",
+            got=f"a header of {n_header} bytes in a file of {size}",
+            fix=FETCH_AGAIN,
+        )
+    raw = head[8 : 8 + n_header]
+    if len(raw) < n_header:
+        raw += files.read(name, 8 + len(raw), n_header - len(raw))
+    file = files.folder / name
     refs = dict(_entries(file, raw, 8 + n_header))
     _check_layout(file, refs, 8 + n_header, size)
     return refs
 
 
-def _from_index(folder: Path, index: Path) -> dict[str, TensorRef]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index.name}: weight_map", got=type(weight_map).__name__, expected="a JSON object")
-    for name, shard in weight_map.items():
-        # A plain name only: "../x" or "/x" would read outside the folder. (Links are fine: the hub's cache is links.)
-        if not isinstance(shard, str) or shard in ("", ".", "..") or Path(shard).name != shard or "\\" in shard:
-            raise CheckpointError(
-                f"{index.name}: shard of {name}", got=repr(shard), expected="a file name inside the model folder"
-            )
+def _from_index(files: Files, sizes: Mapping[str, int]) -> dict[str, TensorRef]:
+    weight_map = read_index(files)
     shards = sorted(set(weight_map.values()))
     for shard in shards:
-        if not (folder / shard).is_file():
+        if shard not in sizes:
             n_tensors = sum(value == shard for value in weight_map.values())
             raise CheckpointError(
-                f"{index.name}: shard {shard} of {n_tensors} tensors is absent", fix=f"download {shard} into {folder}"
+                f"{INDEX_NAME}: shard {shard} of {n_tensors} tensors is absent",
+                fix=f"download {shard} into {files.folder}",
             )
-    tensors = _merge([read_header(folder / shard) for shard in shards])
+    tensors = _merge(_headers(files, shards, sizes))
     for name, shard in weight_map.items():
         ref = tensors.get(name)
         if ref is None or ref.file.name != shard:
             where = "no shard" if ref is None else ref.file.name
-            raise CheckpointError(f"{index.name}: {name}", got=f"found in {where}", expected=f"in {shard}")
+            raise CheckpointError(f"{INDEX_NAME}: {name}", got=f"found in {where}", expected=f"in {shard}")
     return tensors
 
 
@@ -159,13 +284,15 @@ def _merge(headers: list[dict[str, TensorRef]]) -> dict[str, TensorRef]:
 
 def _entries(file: Path, raw: bytes, data_start: int) -> Iterator[tuple[str, TensorRef]]:
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        if len(set(keys)) != len(keys):
-            raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
-        return dict(pairs)
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise ValueError(f"the key {key!r} is there twice")
+            found[key] = value
+        return found
 
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
+        header = parse_json(raw, no_duplicates)
         if not isinstance(header, dict):
             raise ValueError("it is no JSON object")
     except (ValueError, RecursionError) as exc:

@@ -3,89 +3,148 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hymoe import console
+from hymoe.convert.quants import Quant
+from hymoe.sizes import parse_size
 
 if TYPE_CHECKING:
-    from hymoe.convert.plan import Plan
+    from hymoe.convert.verify import Tally
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 
 
-class Quant(StrEnum):
-    """Types that one pass can write."""
+WRITING = ("quant", "imatrix", "recipe", "split_max_size", "overwrite", "restart")
 
-    BF16 = "BF16"
-    F16 = "F16"
-    F32 = "F32"
-    Q8_0 = "Q8_0"
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as exc:
+        raise typer.BadParameter(str(exc)) from exc
 
 
 @app.command()
 def convert(
-    model_dir: Annotated[
-        Path, typer.Argument(help="Folder of a HunYuan checkpoint (config.json, *.safetensors, hy.tiktoken).")
+    ctx: typer.Context,
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Folder of a HunYuan checkpoint (config.json, *.safetensors, hy.tiktoken), or a repository of the "
+            "Hugging Face hub: org/name or org/name@revision."
+        ),
     ],
     out: Annotated[
         Path | None, typer.Argument(help="The GGUF file to write; not needed with --dry-run.", show_default=False)
     ] = None,
-    quant: Annotated[Quant, typer.Option(help="Type of the weight matrices; norms and routers stay F32.")] = Quant.BF16,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")
+    quant: Annotated[
+        Quant,
+        typer.Option(
+            case_sensitive=False,
+            metavar="TYPE",
+            help="Type of the weight matrices, by llama.cpp's names and rules; norms and routers stay F32. "
+            f"One of {', '.join(Quant)}.",
+        ),
+    ] = Quant.BF16,
+    imatrix: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Importance matrix from llama-imatrix (GGUF or .dat)."),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Types for single tensors: lines of `name pattern = TYPE`; the first match wins."
+        ),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(metavar="REV", help="Branch, tag or commit of the repository.", show_default="main")
+    ] = None,
+    keep_shards: Annotated[
+        bool, typer.Option("--keep-shards", help="Keep what is downloaded, in OUT.hub, instead of removing it.")
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Check everything, print the plan, write nothing. Weights may be absent altogether."
+        ),
+    ] = False,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Compare every tensor with its source and print the errors; alone and with an OUT that exists (or the "
+            "first of its parts), do nothing else.",
+        ),
+    ] = False,
+    split_max_size: Annotated[
+        int | None,
+        typer.Option(
+            metavar="SIZE", parser=_size, help="Split OUT into files of at most SIZE bytes (K, M, G: powers of 1000)."
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin again instead of continuing an interrupted conversion.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Only errors.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="More detail.")] = False,
 ) -> None:
     """Convert a HunYuan checkpoint to GGUF.
 
     Every name and shape is checked before the first weight is read; memory stays a few chunks, whatever the model's
-    size; the file has a temporary name until it is complete.
+    size. From the hub comes a shard at a time, and goes again when it is consumed. The file has a temporary name
+    until it is complete. What was interrupted goes on where it stopped when the same command is given again.
     """
     console.set_verbosity(quiet=quiet, verbose=verbose)
     if dry_run:
-        from hymoe.convert.convert import prepare
+        from hymoe.convert.convert import preview
+        from hymoe.convert.report import print_plan
 
-        print_plan(prepare(model_dir, quant.value).plan)
+        print_plan(preview(model, quant.value, imatrix, recipe, revision))
         return
     if out is None:
         raise typer.BadParameter("missing: where to write the GGUF (or pass --dry-run)", param_hint="OUT")
-    from hymoe.convert.convert import ConvertOptions, convert
+    from hymoe.convert import convert as converter
 
-    size = convert(ConvertOptions(model_dir, out, quant.value, overwrite=overwrite))
-    console.status(f"{out}: {console.format_bytes(size)}, {quant.value}")
-
-
-def print_plan(plan: Plan) -> None:
-    """Print one line per kind of tensor, then the totals, to stdout."""
-    import re
-
-    from rich.table import Table
-
-    kinds: dict[tuple[str, ...], list[int]] = {}
-    for tensor in plan.tensors:
-        name = re.sub(r"^blk\.\d+\.", "blk.*.", tensor.name)
-        sources = "+".join(sorted({source.format for source in tensor.sources}))
-        shape = " × ".join(map(str, tensor.shape))
-        total = kinds.setdefault((name, shape, sources, tensor.qtype.name), [0, 0])
-        total[0] += 1
-        total[1] += tensor.n_bytes
-    table = Table("tensor", "shape", "source", "type", box=None, header_style="")
-    table.add_column("count", justify="right")
-    table.add_column("bytes", justify="right")
-    for (name, shape, source, qtype), (count, n_bytes) in kinds.items():
-        table.add_row(name, shape, source, qtype, str(count), console.format_bytes(n_bytes))
-    console.table(table)
-    bits = 8 * plan.data_bytes / plan.n_params
-    console.result(
-        f"\n{plan.quant}: {len(plan.tensors)} tensors, {plan.n_params / 1e9:.3f} B weights, {bits:.2f} bits each"
+    if verify and not _asks_for_new(ctx) and (existing := converter.finished(out)):
+        print_errors(existing, converter.verify(model, existing, revision))
+        return
+    options = converter.ConvertOptions(
+        model,
+        out,
+        quant.value,
+        overwrite,
+        imatrix,
+        recipe,
+        restart,
+        split_max_size,
+        verify=verify,
+        revision=revision,
+        keep_shards=keep_shards,
     )
-    console.result(f"reads {console.format_bytes(plan.source_bytes)}, writes {console.format_bytes(plan.data_bytes)}")
+    result = converter.convert(options)
+    names = f"{out}" if len(result.files) == 1 else f"{result.files[0]} and {len(result.files) - 1} more"
+    console.status(f"{names}: {console.format_bytes(result.n_bytes)}, {quant.value}")
+    if result.tally:
+        print_errors(result.files[0], result.tally)
+
+
+def _asks_for_new(ctx: typer.Context) -> bool:
+    """Whether an option was given that only makes sense for a file to be written."""
+    given = (ctx.get_parameter_source(name) for name in WRITING)
+    return any(source is not None and source.name == "COMMANDLINE" for source in given)
+
+
+def print_errors(file: Path, tally: Tally) -> None:
+    """Print what verifying found to stdout, one line per kind of tensor; raise what it found wrong."""
+    console.table(tally.table())
+    if tally.fault:
+        raise tally.fault
+    console.status(f"{file.name}: every tensor is what the checkpoint says, within its type")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from hymoe.errors import CheckpointError, UnsupportedError
 
 MAX_JSON_BYTES = 256 << 20
+
+# What GGUF's 32-bit metadata can hold.
+MAX_INTEGER = 2**31 - 1
+MAX_NUMBER = (2 - 2**-23) * 2.0**127
 
 
 def read_json(path: Path, *, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
@@ -18,13 +22,24 @@ def read_json(path: Path, *, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
         size = path.stat().st_size
         if size > limit:
             raise CheckpointError(f"{path.name}: size", got=f"{size} bytes", expected=f"at most {limit}")
-        value = json.loads(path.read_bytes())
+        value = parse_json(path.read_bytes())
     except OSError as exc:
         raise CheckpointError(f"{path}: {exc.strerror}", fix="download the file again") from exc
     except (ValueError, RecursionError) as exc:
         raise CheckpointError(f"{path.name}: not valid JSON ({exc})", fix="download the file again") from exc
     if not isinstance(value, dict):
         raise CheckpointError(f"{path.name}", got=f"a JSON {type(value).__name__}", expected="a JSON object")
+    return value
+
+
+def parse_json(raw: bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """Read JSON text, `pairs` as json.loads' object_pairs_hook. Raises ValueError or RecursionError.
+
+    Half of a surrogate pair is refused: it is no text, and nothing could write it again.
+    """
+    value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=pairs)
+    if b"\\u" in raw:
+        json.dumps(value, ensure_ascii=False).encode()
     return value
 
 
@@ -59,13 +74,15 @@ class Config:
         key, value = self._find(keys, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
             raise self._wrong(key, value, f"an integer of at least {minimum}")
+        if value > MAX_INTEGER:
+            raise self._wrong(key, value, f"an integer of at most {MAX_INTEGER}")
         return value
 
     def number(self, *keys: str, default: float | None = None) -> float:
-        """Read a finite positive number under the first of `keys` that exists."""
+        """Read a positive number that float32 can hold, under the first of `keys` that exists."""
         key, value = self._find(keys, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
-            raise self._wrong(key, value, "a positive number")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= MAX_NUMBER:
+            raise self._wrong(key, value, "a positive number that a 32-bit float can hold")
         return float(value)
 
     def flag(self, key: str, *, default: bool) -> bool:
@@ -117,5 +134,14 @@ class Config:
 
 
 def _short(value: object, limit: int = 60) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    text = value if isinstance(value, str) and not _reads_as_json(value) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _reads_as_json(text: str) -> bool:
+    """Whether a string without its quotes would look like another value: "4" is no number, and "" is not nothing."""
+    try:
+        json.loads(text.lower() or "0")
+    except (ValueError, RecursionError):
+        return False
+    return True

@@ -15,7 +15,7 @@ from hymoe.chat_templates import fallback
 from hymoe.convert.architectures import Architecture, Key
 from hymoe.convert.config import Config, read_json
 from hymoe.convert.plan import Plan
-from hymoe.convert.vocab import Vocabulary
+from hymoe.convert.vocab import SentencePiece, TokenType, Vocabulary
 from hymoe.errors import CheckpointError
 
 # generation_config.json -> general.sampling.*, which llama.cpp uses where a client sends nothing.
@@ -78,23 +78,50 @@ def tokenizer(vocabulary: Vocabulary, arch: Architecture, folder: Path) -> Itera
     for token in arch.end_tokens:
         if not 0 <= token < n_vocab:
             raise CheckpointError("eos_token_id", got=token, expected=f"an id below vocab_size {n_vocab}")
+        if vocabulary.types[token] != TokenType.CONTROL:
+            raise CheckpointError(
+                "eos_token_id",
+                got=f"{token}, which is {vocabulary.tokens[token]!r}",
+                expected="a special token",
+                fix="take config and vocabulary from the same repository",
+            )
     if not arch.end_tokens:
         raise CheckpointError(
             "eos_token_id", got="none in config.json and generation_config.json", expected="an end token"
         )
-    yield Key("tokenizer.ggml.model", "gpt2", "STRING")
-    yield Key("tokenizer.ggml.pre", "hunyuan", "STRING")
     yield Key("tokenizer.ggml.tokens", vocabulary.tokens, "ARRAY")
     yield Key("tokenizer.ggml.token_type", vocabulary.types, "ARRAY")
-    yield Key("tokenizer.ggml.merges", vocabulary.merges, "ARRAY")
-    yield Key("tokenizer.ggml.bos_token_id", vocabulary.id(arch.begin_token), "UINT32")
+    if vocabulary.sentencepiece:
+        yield from _sentencepiece(vocabulary.sentencepiece)
+    else:
+        yield from _byte_pairs(vocabulary, arch)
     # llama.cpp knows one "end of sequence" and one "end of turn" by id; both end an answer.
     for key, token in zip(("eos", "eot", "eom"), arch.end_tokens, strict=False):
         yield Key(f"tokenizer.ggml.{key}_token_id", token, "UINT32")
+    yield Key("tokenizer.chat_template", chat_template(folder), "STRING")
+
+
+def _byte_pairs(vocabulary: Vocabulary, arch: Architecture) -> Iterator[Key]:
+    yield Key("tokenizer.ggml.model", "gpt2", "STRING")
+    yield Key("tokenizer.ggml.pre", "hunyuan", "STRING")
+    yield Key("tokenizer.ggml.merges", vocabulary.merges, "ARRAY")
+    yield Key("tokenizer.ggml.bos_token_id", vocabulary.id(arch.begin_token), "UINT32")
     yield Key("tokenizer.ggml.padding_token_id", vocabulary.id("<|pad|>"), "UINT32")
     yield Key("tokenizer.ggml.add_bos_token", False, "BOOL")
     yield Key("tokenizer.ggml.add_eos_token", False, "BOOL")
-    yield Key("tokenizer.chat_template", chat_template(folder), "STRING")
+
+
+def _sentencepiece(model: SentencePiece) -> Iterator[Key]:
+    yield Key("tokenizer.ggml.model", "llama", "STRING")
+    yield Key("tokenizer.ggml.pre", "default", "STRING")
+    yield Key("tokenizer.ggml.scores", model.scores, "ARRAY")
+    for key, token in (("bos", model.bos), ("unknown", model.unk), ("padding", model.pad)):
+        if token is not None:
+            yield Key(f"tokenizer.ggml.{key}_token_id", token, "UINT32")
+    yield Key("tokenizer.ggml.add_space_prefix", model.add_space_prefix, "BOOL")
+    # Without a begin token there is none to add; llama.cpp would fall back to id 1.
+    yield Key("tokenizer.ggml.add_bos_token", model.add_bos and model.bos is not None, "BOOL")
+    yield Key("tokenizer.ggml.add_eos_token", model.add_eos, "BOOL")
 
 
 def chat_template(folder: Path) -> str:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import product
+from dataclasses import dataclass, field
 from math import prod
 
 from gguf import GGMLQuantizationType, LlamaFileType
@@ -12,32 +11,33 @@ from gguf import GGMLQuantizationType, LlamaFileType
 from hymoe import sizes
 from hymoe.convert.architectures import Architecture, Row
 from hymoe.convert.checkpoint import TensorRef
-from hymoe.convert.sources import Gathered, Source
+from hymoe.convert.quants import Matrix, Wanted, targets
+from hymoe.convert.sources import Floats, Gathered, Source
 from hymoe.convert.sources.plain import DECODE, Plain
-from hymoe.errors import CheckpointError, UnsupportedError
-
-# --quant -> type of the matrices, general.file_type
-QUANTS = {
-    "F32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
-    "F16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
-    "BF16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
-    "Q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
-}
+from hymoe.errors import CheckpointError
 
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One tensor of the output: row-major `shape`, and its sources in order (experts stacked, one each)."""
+    """One tensor of the output: row-major `shape`, and its sources in order (experts stacked, one each).
+
+    importance: weight of each column's error for the quantizer, [one for each source, n_per_row].
+    """
 
     name: str
     shape: tuple[int, ...]
     qtype: GGMLQuantizationType
     sources: tuple[Source, ...]
+    importance: Floats | None = field(default=None, compare=False, repr=False)
 
     @property
     def n_bytes(self) -> int:
         """Bytes in the output, padding not counted."""
         return sizes.tensor_bytes(self.shape, self.qtype)
+
+    def importance_of(self, index: int) -> Floats | None:
+        """Importance of the columns of source `index`, [n_per_row], where there is any."""
+        return None if self.importance is None else self.importance[index]
 
 
 @dataclass(frozen=True)
@@ -65,43 +65,37 @@ class Plan:
         return sum(prod(tensor.shape) for tensor in self.tensors)
 
 
-def make_plan(gathered: Gathered, arch: Architecture, quant: str) -> Plan:
+def make_plan(gathered: Gathered, arch: Architecture, wanted: Wanted) -> Plan:
     """Match the checkpoint's sources against the architecture's rows, both ways, and lay out the GGUF.
 
     Raises CheckpointError for a tensor that is missing, unexpected, misshapen or of the wrong dtype, by name and file;
-    UnsupportedError where a row of weights is no whole number of blocks of the wanted type.
+    what quants.targets raises where the types wanted cannot be had.
     """
     left = dict(gathered[0])
     n_sources = len(left)
-    target, file_type = QUANTS[quant]
-    planned: list[PlannedTensor] = []
+    stacks: list[tuple[Matrix, tuple[Source, ...]]] = []
     dropped: list[TensorRef | Source] = [*gathered[1]]
-    for row, layer in _unroll(arch):
+    for row, layer in arch.unrolled():
         sources = tuple(_take(left, n_sources, arch, row, layer))
         if row.gguf is None:
             dropped += sources
         elif sources:
-            planned.append(_planned(arch, row, layer, sources, target))
+            stacks.append((_matrix(arch, row, layer, sources), sources))
     if left:
         source = next(iter(left.values()))
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
         raise CheckpointError(f"unexpected tensor {source}{more}", fix=f"config.json describes a {arch.name} without")
-    return Plan(quant, file_type, tuple(planned), tuple(dropped))
-
-
-def _unroll(arch: Architecture) -> Iterator[tuple[Row, int]]:
-    """Rows without a layer first, then layer by layer: what a layer needs lies together in the file."""
-    for row in arch.rows:
-        if "{l}" not in row.hf:
-            yield row, 0
-    for layer, row in product(range(arch.n_layer), (row for row in arch.rows if "{l}" in row.hf)):
-        yield row, layer
+    chosen = targets(arch, wanted, [matrix for matrix, _ in stacks])
+    planned = (
+        PlannedTensor(matrix.name, matrix.shape, target.qtype, sources, target.importance)
+        for (matrix, sources), target in zip(stacks, chosen, strict=True)
+    )
+    return Plan(wanted.quant.value, wanted.quant.file_type, tuple(planned), tuple(dropped))
 
 
 def _take(left: dict[str, Source], n_sources: int, arch: Architecture, row: Row, layer: int) -> Iterator[Source]:
-    shape = tuple(arch.sizes[symbol] for symbol in row.shape)
-    for expert in range(arch.n_expert) if "{e}" in row.hf else (0,):
-        name = row.hf.format(l=layer, e=expert)
+    shape = arch.shape(row)
+    for name in arch.stored_names(row, layer):
         source = left.pop(name, None)
         if source is None:
             if row.optional:
@@ -118,15 +112,7 @@ def _take(left: dict[str, Source], n_sources: int, arch: Architecture, row: Row,
         yield source
 
 
-def _planned(
-    arch: Architecture, row: Row, layer: int, sources: tuple[Source, ...], target: GGMLQuantizationType
-) -> PlannedTensor:
+def _matrix(arch: Architecture, row: Row, layer: int, sources: tuple[Source, ...]) -> Matrix:
     assert row.gguf is not None
     shape = sources[0].shape if "{e}" not in row.hf else (arch.n_expert, *sources[0].shape)
-    qtype = GGMLQuantizationType.F32 if row.precision == "f32" else target
-    name = row.gguf.format(l=layer)
-    try:
-        sizes.row_bytes(shape[-1], qtype)
-    except ValueError as exc:
-        raise UnsupportedError(f"{name} as {qtype.name}: {exc}", fix="choose --quant BF16") from exc
-    return PlannedTensor(name, shape, qtype, sources)
+    return Matrix(row.gguf.format(l=layer), shape, row.precision == "f32")

@@ -31,11 +31,18 @@ MUST_NOT_IMPORT = {
 }
 # Libraries that belong to one place.
 OWNERS = {
+    "google": "convert/vocab",
+    "httpx2": "convert/hub",
+    "huggingface_hub": "convert/hub",
     "safetensors": "convert/checkpoint",
+    "sentencepiece": "convert/vocab",
     "llama_cpp": "engine/",
     "unidiff": "engine/",
 }
-HEAVY = ("gguf", "httpx", "jinja2", "numpy", "openai", "safetensors", "tokenizers", "torch")
+HEAVY = (
+    *("gguf", "httpx", "httpx2", "huggingface_hub", "jinja2", "numpy", "openai", "safetensors", "sentencepiece"),
+    *("tokenizers", "torch"),
+)
 
 
 def tree(file: Path) -> ast.Module:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from hymoe.convert.architectures import Architecture, Key, Row
+from hymoe.convert.architectures import Architecture, Key, Row, family
 from hymoe.convert.config import Config
 from hymoe.errors import CheckpointError, UnsupportedError
 
@@ -86,9 +86,9 @@ def read_hparams(config: Config) -> HParams:
         n_expert_used=config.uniform("moe_topk", "num_experts_per_tok", n_layer=n_layer),
         n_shared=n_shared,
         n_vocab=config.integer("vocab_size"),
-        n_ctx_train=_trained_context(config),
+        n_ctx_train=family.trained_context(config, TRAINED_CONTEXT),
         rms_eps=config.number("rms_norm_eps"),
-        rope_base=_rope_base(config, head_dim),
+        rope_base=family.rope_base(config, head_dim),
         tied=config.flag("tie_word_embeddings", default=False),
     )
     _check(config, hp)
@@ -122,37 +122,6 @@ def _check(config: Config, hp: HParams) -> None:
             expected="at least 2",
             fix="top-1 gating does not normalise its weight, and an unpatched reader of this file would",
         )
-
-
-def _rope(config: Config) -> Config:
-    """The rope settings: `rope_scaling` as published, `rope_parameters` as transformers 5 saves them."""
-    rope = config.sub("rope_scaling", "rope_parameters")
-    kind = rope.data.get("type", rope.data.get("rope_type", "default"))
-    if kind not in ("default", "dynamic"):
-        raise UnsupportedError(f"{rope.source}: type", got=kind, expected='"dynamic" with alpha, or none')
-    if kind == "dynamic":
-        rope.expect("factor", 1.0, 1)
-    return rope
-
-
-def _alpha(config: Config) -> float | None:
-    rope = _rope(config)
-    if rope.data.get("type", rope.data.get("rope_type")) != "dynamic" or not rope.data.get("alpha"):
-        return None
-    return rope.number("alpha")
-
-
-def _rope_base(config: Config, head_dim: int) -> float:
-    """theta * alpha^(D/(D-2)): with alpha the "dynamic" base is a constant, not a function of length."""
-    theta = _rope(config).number("rope_theta", default=config.number("rope_theta", default=10000.0))
-    alpha = _alpha(config)
-    return theta if alpha is None else float(theta * alpha ** (head_dim / (head_dim - 2)))
-
-
-def _trained_context(config: Config) -> int:
-    written = config.integer("max_position_embeddings")
-    alpha = _alpha(config)
-    return max(written, TRAINED_CONTEXT.get(alpha, 0)) if alpha else written
 
 
 # --- NAMES -----------------------------------------------------------------------------------------------------
@@ -219,17 +188,6 @@ def metadata(hp: HParams) -> tuple[Key, ...]:
     )
 
 
-def end_tokens(config: Config, generation: Config) -> tuple[int, ...]:
-    """Give every id that ends an answer, the main one first: <|eos|> and, as published, <|extra_5|>."""
-    found: list[int] = []
-    for source, key in ((config, "eos_token_id"), (generation, "eos_token_id"), (config, "eod_token_id")):
-        value = source.data.get(key)
-        for token in value if isinstance(value, list) else [value]:
-            if isinstance(token, int) and not isinstance(token, bool) and token not in found:
-                found.append(token)
-    return tuple(found)
-
-
 def load(config: Config, generation: Config) -> Architecture:
     """Read a Hunyuan-A13B config. Raises CheckpointError or UnsupportedError naming the key."""
     hp = read_hparams(config)
@@ -251,6 +209,6 @@ def load(config: Config, generation: Config) -> Architecture:
         },
         rows=names(hp),
         metadata=metadata(hp),
-        end_tokens=end_tokens(config, generation),
+        end_tokens=family.end_tokens((config, "eos_token_id"), (generation, "eos_token_id"), (config, "eod_token_id")),
         begin_token=BEGIN_TOKEN,
     )

@@ -8,7 +8,7 @@ tensor or, in a quantized checkpoint, from several. Each format has a small file
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from math import prod
@@ -89,7 +89,7 @@ def gather(checkpoint: Checkpoint, config: Config) -> Gathered:
         return plain.gather(checkpoint.tensors)
     settings = config.sub("quantization_config")
     method = settings.data.get("quant_method")
-    if method not in FORMATS:
+    if not isinstance(method, str) or method not in FORMATS:
         raise UnsupportedError(f"{settings.source}: quant_method", got=method, expected=f"one of {', '.join(FORMATS)}")
     module = import_module(FORMATS[method])
-    return cast(Callable[[dict[str, TensorRef], Config], Gathered], module.gather)(checkpoint.tensors, settings)
+    return cast(Callable[[Mapping[str, TensorRef], Config], Gathered], module.gather)(checkpoint.tensors, settings)

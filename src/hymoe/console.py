@@ -80,15 +80,18 @@ def dim(text: str) -> str:
 
 
 @contextmanager
-def progress(label: str, total: float, *, unit: str = "B") -> Iterator[Tick]:
-    """Show progress of `total` units ("B" prints as bytes and rate, "%" as percent) until the block ends."""
+def progress(label: str, total: float, *, unit: str = "B", done: float = 0.0) -> Iterator[Tick]:
+    """Show progress of `total` units ("B" prints as bytes and rate, "%" as percent) until the block ends.
+
+    done: units that were there before.
+    """
     if _verbosity < 0:
         yield lambda _amount: None
     elif sys.stderr.isatty():
-        with _bar(label, total, unit) as tick:
+        with _bar(label, total, unit, done) as tick:
             yield tick
     else:
-        yield _plain(label, total, unit)
+        yield _plain(label, total, unit, done)
 
 
 def format_bytes(n: float) -> str:
@@ -124,29 +127,29 @@ def _err(text: str, style: str | None = None) -> None:
 
 
 @contextmanager
-def _bar(label: str, total: float, unit: str) -> Iterator[Tick]:
+def _bar(label: str, total: float, unit: str, done: float) -> Iterator[Tick]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     amounts = (DownloadColumn(), TransferSpeedColumn()) if unit == "B" else (TextColumn("{task.percentage:>3.0f} %"),)
     columns = (TextColumn("{task.description}"), BarColumn(), *amounts, TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=total)
+        task = bar.add_task(label, total=total, completed=int(done))
         yield lambda amount: bar.advance(task, amount)
 
 
-def _plain(label: str, total: float, unit: str) -> Callable[[float], None]:
+def _plain(label: str, total: float, unit: str, done: float) -> Callable[[float], None]:
     begun = last = time.monotonic()
-    done = 0.0
+    before = done
 
     def tick(amount: float) -> None:
         nonlocal done, last
         done += amount
         now = time.monotonic()
-        if now - last < PLAIN_PROGRESS_SECONDS or done <= 0:
+        if now - last < PLAIN_PROGRESS_SECONDS or done <= before:
             return
         last = now
-        rate = done / (now - begun)
+        rate = (done - before) / (now - begun)
         shown = f"{format_bytes(done)} of {format_bytes(total)}, {format_bytes(rate)}/s, " if unit == "B" else ""
         status(f"{label}: {100 * done / total:.0f} %, {shown}{(total - done) / rate:.0f} s left")
 

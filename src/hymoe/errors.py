@@ -3,6 +3,8 @@
 HyError                 one clear line: what, got, expected, what to do
 ├── CheckpointError     the model folder: missing files, tensors, keys, bad headers
 ├── UnsupportedError    a well-formed input that asks for something not implemented
+├── SourceError         the input cannot be read just now: the disk or the network fails
+│   └── HubError        the hub: unreachable, no access, not found, damaged on the way
 ├── OutputError         the output file: exists, disk too small, cannot be written
 ├── ModelFileError      a GGUF that is not one, or not of this family
 ├── EngineError         the engine: download, patches, compiler, build
@@ -40,6 +42,14 @@ class CheckpointError(HyError):
 
 class UnsupportedError(HyError):
     """The input is well formed and asks for something that is not implemented."""
+
+
+class SourceError(HyError):
+    """The input cannot be read just now; what was done so far is worth keeping."""
+
+
+class HubError(SourceError):
+    """The hub cannot be reached, or does not give what was asked for."""
 
 
 class OutputError(HyError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from math import prod
 from typing import TYPE_CHECKING
@@ -16,6 +17,15 @@ ALIGNMENT = 32
 def padded(n_bytes: int, alignment: int = ALIGNMENT) -> int:
     """Round `n_bytes` up to a multiple of `alignment`."""
     return -(-n_bytes // alignment) * alignment
+
+
+def parse_size(text: str) -> int:
+    """Read a number of bytes, with K, M or G for powers of 1000, as llama.cpp's tools count. Raises ValueError."""
+    found = re.fullmatch(r"(\d+)([KMG]?)B?", text.strip().upper())
+    if found is None or int(found[1]) == 0:
+        raise ValueError(f"{text!r} is no size: give bytes, or a number with K, M or G such as 48G")
+    factor: int = 1000 ** " KMG".index(found[2] or " ")
+    return int(found[1]) * factor
 
 
 def row_bytes(n_per_row: int, qtype: GGMLQuantizationType) -> int:

@@ -76,7 +76,20 @@ CONFIG_CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "top-k above the number of experts": ({"moe_topk": 5}, ("moe_topk: got 5, expected at most num_experts 4",)),
     "top-1": ({"moe_topk": 1}, ("moe_topk: got 1, expected at least 2",)),
     "top-0": ({"moe_topk": 0}, ("moe_topk: got 0, expected an integer of at least 1",)),
-    "top-k no number": ({"moe_topk": "2"}, ("moe_topk: got 2, expected an integer",)),
+    "top-k no number": ({"moe_topk": "2"}, ('moe_topk: got "2", expected an integer',)),
+    "absurdly many experts": (
+        {"num_experts": 2**31 - 1},
+        ("config.json: number of experts: got 2147483647, expected at most 1024",),
+    ),
+    "absurdly many layers": (
+        {"num_hidden_layers": 513, "moe_topk": 2, "moe_intermediate_size": 32, "num_shared_expert": 1},
+        ("config.json: number of layers: got 513, expected at most 512",),
+    ),
+    "more than a file can say": (
+        {"max_position_embeddings": 2**31},
+        ("max_position_embeddings: got 2147483648, expected an integer of at most 2147483647",),
+    ),
+    "half a surrogate pair": ({"model_type": "\ud800"}, ("config.json: not valid JSON", "surrogates not allowed")),
     "one expert": ({"num_experts": 1, "moe_topk": 1}, ("num_experts: got 1, expected at least 2",)),
     "experts missing": ({"num_experts": None}, ("num_experts or num_local_experts: got nothing",)),
     "more experts than stored": ({"num_experts": 5}, ("mlp.gate.wg.weight", "[4, 64]", "[5, 64]")),
@@ -114,8 +127,8 @@ CONFIG_CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "activation": ({"hidden_act": "gelu"}, ("hidden_act: got gelu",)),
     "biases": ({"attention_bias": True}, ("attention_bias: got true",)),
     "quantized": (
-        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-        ("quantization_config", "gptq", "not implemented"),
+        {"quantization_config": {"quant_method": "bitsandbytes"}},
+        ("quantization_config: quant_method: got bitsandbytes, expected one of fp8, compressed-tensors, gptq, awq",),
     ),
     "end token outside": (
         {"eos_token_id": 9999},
@@ -290,7 +303,11 @@ def test_no_weights_and_pickles(folder: Path, capsys: pytest.CaptureFixture[str]
 
 def test_no_vocabulary(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "hy.tiktoken").unlink()
-    fails(folder, capsys, "vocabulary: got none, expected one of hy.tiktoken, hunyuan.tiktoken, tokenizer.json")
+    fails(
+        folder,
+        capsys,
+        "vocabulary: got none, expected one of hy.tiktoken, hunyuan.tiktoken, tokenizer.model, tokenizer.json",
+    )
 
 
 def test_vocabulary_of_another_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -344,25 +361,3 @@ def test_value_too_large_for_f16(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main([str(folder), str(tmp_path / "out.gguf"), "--quant", "F16"]) == 1
     assert f"{NAME} (model.safetensors) as F16: got the value 1e+06, expected at most 65504" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
-
-
-def test_two_conversions_of_one_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import fcntl
-
-    part = folder.parent / "out.gguf.part"
-    with part.open("wb") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        fails(folder, capsys, "another hy-convert is writing it")
-    assert part.exists()
-
-
-def test_interrupt_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C in the middle of the weights: status 130, no file."""
-    from hymoe.convert import writer
-
-    def interrupted(*_args: object) -> int:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(writer, "_copy", interrupted)
-    assert main([str(folder), str(folder.parent / "out.gguf")]) == 130
-    assert [path.name for path in folder.parent.iterdir()] == ["in"]

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import reference
-from engine_eval import evaluate, tokenize
+from engine_eval import EngineRunError, evaluate, tokenize
 from gguf import GGUFReader
+from large_model import Large
+from large_model import write as write_large
 from numpy.typing import NDArray
 from stock import peer
 
@@ -158,3 +160,11 @@ def tensors(gguf: Path) -> dict[str, tuple[Any, NDArray[Any]]]:
 def metadata(gguf: Path) -> dict[str, Any]:
     fields = reader(gguf).fields
     return {key: field.contents() for key, field in fields.items() if not key.startswith("GGUF.")}
+
+
+def test_large_is_refused(stock: Path, tmp_path: Path) -> None:
+    """Stock has no shared keys and values and no raw top-1 weights: it must not run the file as something else."""
+    write_large(tmp_path / "large", Large())
+    convert(ConvertOptions(tmp_path / "large", tmp_path / "large.gguf"))
+    with pytest.raises(EngineRunError, match="unknown model architecture: 'hunyuan-large'"):
+        evaluate(tmp_path / "large.gguf", [[1, 2, 3]], engine=stock)

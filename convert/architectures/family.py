@@ -1,0 +1,63 @@
+"""What the configs of all HunYuan checkpoints share: the rope base, the trained context, the end tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from hymoe.convert.config import MAX_NUMBER, Config
+from hymoe.errors import UnsupportedError
+
+
+def rope_base(config: Config, head_dim: int) -> float:
+    """theta * alpha^(D/(D-2)): with alpha the "dynamic" base is a constant, not a function of length.
+
+    Raises UnsupportedError for another kind of scaling, or a base that is no number.
+    """
+    theta = _rope(config).number("rope_theta", default=config.number("rope_theta", default=10000.0))
+    alpha = _alpha(config)
+    if alpha is None:
+        return theta
+    if head_dim <= 2:
+        raise UnsupportedError(f"{config.source}: head_dim", got=head_dim, expected="more than 2, for alpha")
+    base = float(theta * alpha ** (head_dim / (head_dim - 2)))
+    if base > MAX_NUMBER:
+        raise UnsupportedError(
+            f"{config.source}: alpha", got=f"{alpha:g}", expected="a rope base that a 32-bit float can hold"
+        )
+    return base
+
+
+def trained_context(config: Config, by_alpha: Mapping[float, int]) -> int:
+    """Give max_position_embeddings, or what the vendor says of the rope's alpha where that is more."""
+    written = config.integer("max_position_embeddings")
+    alpha = _alpha(config)
+    return max(written, by_alpha.get(alpha, 0)) if alpha else written
+
+
+def end_tokens(*places: tuple[Config, str]) -> tuple[int, ...]:
+    """Give every id that ends an answer, from these keys in order: <|eos|> first and, as published, <|extra_5|>."""
+    found: list[int] = []
+    for source, key in places:
+        value = source.data.get(key)
+        for token in value if isinstance(value, list) else [value]:
+            if isinstance(token, int) and not isinstance(token, bool) and token not in found:
+                found.append(token)
+    return tuple(found)
+
+
+def _rope(config: Config) -> Config:
+    """The rope settings: `rope_scaling` as published, `rope_parameters` as transformers 5 saves them."""
+    rope = config.sub("rope_scaling", "rope_parameters")
+    kind = rope.data.get("type", rope.data.get("rope_type", "default"))
+    if kind not in ("default", "dynamic"):
+        raise UnsupportedError(f"{rope.source}: type", got=kind, expected='"dynamic" with alpha, or none')
+    if kind == "dynamic":
+        rope.expect("factor", 1.0, 1)
+    return rope
+
+
+def _alpha(config: Config) -> float | None:
+    rope = _rope(config)
+    if rope.data.get("type", rope.data.get("rope_type")) != "dynamic" or not rope.data.get("alpha"):
+        return None
+    return rope.number("alpha")

@@ -1,0 +1,215 @@
+"""Hunyuan-Large (A52B): 389 B parameters, 52 B active; one shared expert, 16 routed ones of which one answers.
+
+Definition: Tencent/Tencent-Hunyuan-Large models/modeling_hunyuan.py. Against Hunyuan-A13B: attention shares keys and
+values across layers, the weight of the one expert is its raw probability, and the head size is 80. An unpatched
+llama.cpp has none of the first two, so the architecture has a name of its own, which it refuses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from hymoe.convert.architectures import Architecture, Key, Row, family
+from hymoe.convert.config import Config
+from hymoe.errors import CheckpointError, UnsupportedError
+
+ARCH = "hunyuan-large"
+N_EXTRA = 204  # <|extra_0|> … <|extra_203|>
+BEGIN_TOKEN = "<|startoftext|>"
+SOFTMAX = 1  # llama.cpp's number of the gating function
+
+# --- HPARAMS ---------------------------------------------------------------------------------------------------
+
+# Keys that change the graph, with the values it implements. An absent key is settled by the tensors themselves.
+IMPLEMENTED: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    ("hidden_act", ("silu",)),
+    ("attention_bias", (False,)),
+    ("mlp_bias", (False,)),
+    ("norm_type", ("rms",)),
+    ("use_qk_norm", (True,)),
+    ("use_mla", (False,)),
+    ("use_mixed_mlp_moe", (True,)),
+    ("use_rotary_pos_emb", (True,)),
+    ("position_embedding_xdrope", (False,)),
+    ("norm_topk_prob", (True,)),
+    ("group_limited_greedy", (False,)),
+    ("routed_scaling_factor", (1.0, 1)),
+    ("moe_layer_num_skipped", (0,)),
+    ("add_classification_head", (False,)),
+)
+
+
+@dataclass(frozen=True)
+class HParams:
+    """config.json in the field's terms. Widths are in elements; rope_base is after NTK-alpha scaling.
+
+    shared_kv_factor: layer l computes keys and values where l % shared_kv_factor == 0; the layers up to the next such
+    one take its keys (before rope and norm) and values. 1: every layer has its own.
+    """
+
+    n_layer: int
+    n_embd: int
+    n_head: int
+    n_head_kv: int
+    head_dim: int
+    n_ff_exp: int
+    n_ff_shexp: int
+    n_expert: int
+    n_expert_used: int
+    n_shared: int
+    n_vocab: int
+    n_ctx_train: int
+    rms_eps: float
+    rope_base: float
+    tied: bool
+    shared_kv_factor: int
+
+
+def read_hparams(config: Config) -> HParams:
+    """Read and check config.json. Raises CheckpointError or UnsupportedError naming the key."""
+    for key, allowed in IMPLEMENTED:
+        config.expect(key, *allowed)
+    n_layer = config.integer("num_hidden_layers")
+    n_embd = config.integer("hidden_size")
+    n_head = config.integer("num_attention_heads")
+    head_dim = config.integer("head_dim", "attention_head_dim", default=max(n_embd // n_head, 1))
+    n_ff = config.integer("intermediate_size")
+    n_shared = config.uniform("num_shared_expert", n_layer=n_layer, default=1)
+    hp = HParams(
+        n_layer=n_layer,
+        n_embd=n_embd,
+        n_head=n_head,
+        n_head_kv=config.integer("num_key_value_heads", default=n_head),
+        head_dim=head_dim,
+        n_ff_exp=config.uniform("moe_intermediate_size", n_layer=n_layer, default=n_ff),
+        n_ff_shexp=n_ff * n_shared,
+        n_expert=config.uniform("num_experts", n_layer=n_layer),
+        n_expert_used=config.uniform("moe_topk", n_layer=n_layer),
+        n_shared=n_shared,
+        n_vocab=config.integer("vocab_size"),
+        n_ctx_train=family.trained_context(config, {}),
+        rms_eps=config.number("rms_norm_eps"),
+        rope_base=family.rope_base(config, head_dim),
+        tied=config.flag("tie_word_embeddings", default=False),
+        shared_kv_factor=config.integer("cla_share_factor") if config.flag("use_cla", default=False) else 1,
+    )
+    _check(config, hp)
+    return hp
+
+
+def _check(config: Config, hp: HParams) -> None:
+    if hp.n_head % hp.n_head_kv:
+        raise CheckpointError(
+            f"{config.source}: num_key_value_heads", got=hp.n_head_kv, expected=f"a divisor of {hp.n_head}"
+        )
+    if hp.head_dim % 2:
+        raise UnsupportedError(
+            f"{config.source}: head_dim", got=hp.head_dim, expected="an even number, for rotation in halves"
+        )
+    if hp.n_expert < 2:
+        raise UnsupportedError(
+            f"{config.source}: num_experts",
+            got=hp.n_expert,
+            expected="at least 2",
+            fix="a dense HunYuan model has the same class name and is another architecture",
+        )
+    if hp.n_expert_used > hp.n_expert:
+        raise CheckpointError(
+            f"{config.source}: moe_topk", got=hp.n_expert_used, expected=f"at most num_experts {hp.n_expert}"
+        )
+
+
+# --- NAMES -----------------------------------------------------------------------------------------------------
+
+_L = "model.layers.{l}."
+_OWN = "shared_kv_factor"  # layers with keys and values of their own
+NAMES = (
+    Row("model.embed_tokens.weight", "token_embd.weight", ("n_vocab", "n_embd")),
+    Row("model.norm.weight", "output_norm.weight", ("n_embd",), "f32"),
+    Row("lm_head.weight", "output.weight", ("n_vocab", "n_embd")),
+    Row(_L + "input_layernorm.weight", "blk.{l}.attn_norm.weight", ("n_embd",), "f32"),
+    Row(_L + "self_attn.q_proj.weight", "blk.{l}.attn_q.weight", ("n_embd_q", "n_embd")),
+    Row(_L + "self_attn.k_proj.weight", "blk.{l}.attn_k.weight", ("n_embd_kv", "n_embd"), every=_OWN),
+    Row(_L + "self_attn.v_proj.weight", "blk.{l}.attn_v.weight", ("n_embd_kv", "n_embd"), every=_OWN),
+    Row(_L + "self_attn.o_proj.weight", "blk.{l}.attn_output.weight", ("n_embd", "n_embd_q")),
+    Row(_L + "self_attn.query_layernorm.weight", "blk.{l}.attn_q_norm.weight", ("head_dim",), "f32"),
+    Row(_L + "self_attn.key_layernorm.weight", "blk.{l}.attn_k_norm.weight", ("head_dim",), "f32"),
+    Row(_L + "post_attention_layernorm.weight", "blk.{l}.ffn_norm.weight", ("n_embd",), "f32"),
+    Row(_L + "mlp.gate.wg.weight", "blk.{l}.ffn_gate_inp.weight", ("n_expert", "n_embd"), "f32"),
+    Row(_L + "mlp.shared_mlp.gate_proj.weight", "blk.{l}.ffn_gate_shexp.weight", ("n_ff_shexp", "n_embd")),
+    Row(_L + "mlp.shared_mlp.up_proj.weight", "blk.{l}.ffn_up_shexp.weight", ("n_ff_shexp", "n_embd")),
+    Row(_L + "mlp.shared_mlp.down_proj.weight", "blk.{l}.ffn_down_shexp.weight", ("n_embd", "n_ff_shexp")),
+    Row(_L + "mlp.experts.{e}.gate_proj.weight", "blk.{l}.ffn_gate_exps.weight", ("n_ff_exp", "n_embd")),
+    Row(_L + "mlp.experts.{e}.up_proj.weight", "blk.{l}.ffn_up_exps.weight", ("n_ff_exp", "n_embd")),
+    Row(_L + "mlp.experts.{e}.down_proj.weight", "blk.{l}.ffn_down_exps.weight", ("n_embd", "n_ff_exp")),
+)
+
+
+def names(hp: HParams) -> tuple[Row, ...]:
+    """The rows that this checkpoint has: with tied embeddings a stored lm_head is a copy, and is dropped."""
+    return tuple(
+        row._replace(gguf=None, optional=True) if hp.tied and row.gguf == "output.weight" else row for row in NAMES
+    )
+
+
+# --- METADATA --------------------------------------------------------------------------------------------------
+
+
+def metadata(hp: HParams) -> tuple[Key, ...]:
+    """Build the architecture's GGUF keys: all that its graph depends on is data here, not an assumption there."""
+    return (
+        Key(f"{ARCH}.block_count", hp.n_layer, "UINT32"),
+        Key(f"{ARCH}.context_length", hp.n_ctx_train, "UINT32"),
+        Key(f"{ARCH}.embedding_length", hp.n_embd, "UINT32"),
+        Key(f"{ARCH}.feed_forward_length", hp.n_ff_exp, "UINT32"),
+        Key(f"{ARCH}.attention.head_count", hp.n_head, "UINT32"),
+        Key(f"{ARCH}.attention.head_count_kv", hp.n_head_kv, "UINT32"),
+        Key(f"{ARCH}.attention.key_length", hp.head_dim, "UINT32"),
+        Key(f"{ARCH}.attention.value_length", hp.head_dim, "UINT32"),
+        Key(f"{ARCH}.attention.shared_kv_factor", hp.shared_kv_factor, "UINT32"),
+        Key(f"{ARCH}.attention.layer_norm_rms_epsilon", hp.rms_eps, "FLOAT32"),
+        Key(f"{ARCH}.rope.dimension_count", hp.head_dim, "UINT32"),
+        Key(f"{ARCH}.rope.freq_base", hp.rope_base, "FLOAT32"),
+        Key(f"{ARCH}.rope.scaling.type", "none", "STRING"),
+        Key(f"{ARCH}.rope.scaling.original_context_length", hp.n_ctx_train, "UINT32"),
+        Key(f"{ARCH}.expert_count", hp.n_expert, "UINT32"),
+        Key(f"{ARCH}.expert_used_count", hp.n_expert_used, "UINT32"),
+        Key(f"{ARCH}.expert_shared_count", hp.n_shared, "UINT32"),
+        Key(f"{ARCH}.expert_feed_forward_length", hp.n_ff_exp, "UINT32"),
+        Key(f"{ARCH}.expert_shared_feed_forward_length", hp.n_ff_shexp, "UINT32"),
+        Key(f"{ARCH}.expert_gating_func", SOFTMAX, "UINT32"),
+        # top-1 gating weighs with the probability itself; with more experts the weights are normalised
+        Key(f"{ARCH}.expert_weights_norm", hp.n_expert_used > 1, "BOOL"),
+        Key(f"{ARCH}.vocab_size", hp.n_vocab, "UINT32"),
+    )
+
+
+def load(config: Config, generation: Config) -> Architecture:
+    """Read a Hunyuan-Large config. Raises CheckpointError or UnsupportedError naming the key."""
+    hp = read_hparams(config)
+    # config.json's eos_token_id is the class's default 2, which is "#"; the generation config has the real ones.
+    eos_source = generation if generation.has("eos_token_id") else config
+    return Architecture(
+        name=ARCH,
+        n_layer=hp.n_layer,
+        n_expert=hp.n_expert,
+        n_vocab=hp.n_vocab,
+        n_extra=N_EXTRA,
+        sizes={
+            "n_vocab": hp.n_vocab,
+            "n_embd": hp.n_embd,
+            "n_embd_q": hp.n_head * hp.head_dim,
+            "n_embd_kv": hp.n_head_kv * hp.head_dim,
+            "head_dim": hp.head_dim,
+            "n_expert": hp.n_expert,
+            "n_ff_exp": hp.n_ff_exp,
+            "n_ff_shexp": hp.n_ff_shexp,
+            "shared_kv_factor": hp.shared_kv_factor,
+        },
+        rows=names(hp),
+        metadata=metadata(hp),
+        end_tokens=family.end_tokens((eos_source, "eos_token_id")),
+        begin_token=BEGIN_TOKEN,
+        padded=True,
+    )
