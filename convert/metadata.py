@@ -58,7 +58,7 @@ def general(folder: Path, arch: Architecture, plan: Plan) -> Iterator[Key]:
     yield Key("general.file_type", int(plan.file_type), "UINT32")
     yield Key("general.quantization_version", GGML_QUANT_VERSION, "UINT32")
     yield Key("hymoe.version", hymoe.__version__, "STRING")
-    yield Key("hymoe.source.dtype", "+".join(sorted({ref.dtype for t in plan.tensors for ref in t.sources})), "STRING")
+    yield Key("hymoe.source.format", "+".join(sorted({ref.dtype for t in plan.tensors for ref in t.sources})), "STRING")
 
 
 def sampling(generation: Config) -> Iterator[Key]:
