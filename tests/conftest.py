@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,12 @@ from hymoe.convert import miniature
 from hymoe.convert.convert import ConvertOptions, convert
 
 TIERS = ("long", "stock", "oracle")
+
+
+def pytest_configure() -> None:
+    """Give children the usual signals: a job in the background, or under nohup, would hand on that it ignores them."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
