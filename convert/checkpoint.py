@@ -72,7 +72,10 @@ class Checkpoint:
         """Fill `buffer` with the tensor's bytes from byte `start` on. Safe from several threads."""
         done = 0
         while done < len(buffer):
-            n = os.preadv(self._fds[ref.file], [buffer[done:]], ref.offset + start + done)
+            try:
+                n = os.preadv(self._fds[ref.file], [buffer[done:]], ref.offset + start + done)
+            except OSError as exc:
+                raise CheckpointError(f"{ref} cannot be read: {exc.strerror}", fix="is the disk all right?") from exc
             if n == 0:
                 raise CheckpointError(f"{ref}: the file ended while it was read", fix=FETCH_AGAIN)
             done += n
@@ -159,10 +162,12 @@ def _merge(headers: list[dict[str, TensorRef]]) -> dict[str, TensorRef]:
 
 def _entries(file: Path, raw: bytes, data_start: int) -> Iterator[tuple[str, TensorRef]]:
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        if len(set(keys)) != len(keys):
-            raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
-        return dict(pairs)
+        entries: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in entries:
+                raise ValueError(f"the key {key!r} is there twice")
+            entries[key] = value
+        return entries
 
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
@@ -195,7 +200,10 @@ def _entry(file: Path, name: str, entry: Any, data_start: int) -> TensorRef:
 
 
 def _is_naturals(value: object) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in value)
+    """Say whether `value` is a list of sizes that a file system could hold."""
+    return isinstance(value, list) and all(
+        isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 48 for n in value
+    )
 
 
 def _check_layout(file: Path, refs: dict[str, TensorRef], data_start: int, size: int) -> None:

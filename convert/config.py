@@ -10,6 +10,7 @@ from typing import Any
 from hymoe.errors import CheckpointError, UnsupportedError
 
 MAX_JSON_BYTES = 256 << 20
+FLOAT32_MIN, FLOAT32_MAX = 1.18e-38, 3.4e38
 
 
 def read_json(path: Path, *, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
@@ -55,17 +56,21 @@ class Config:
         return Config({}, self.source)
 
     def integer(self, *keys: str, default: int | None = None, minimum: int = 1) -> int:
-        """Read an int of at least `minimum` under the first of `keys` that exists."""
+        """Read an int from `minimum` to 2^31 - 1 under the first of `keys` that exists."""
         key, value = self._find(keys, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value < 1 << 31:
             raise self._wrong(key, value, f"an integer of at least {minimum}")
         return value
 
-    def number(self, *keys: str, default: float | None = None) -> float:
-        """Read a finite positive number under the first of `keys` that exists."""
+    def number(self, *keys: str, default: float | None = None, zero: bool = False) -> float:
+        """Read a positive number that float32 can hold (or 0, where `zero`) under the first of `keys` that exists."""
         key, value = self._find(keys, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
-            raise self._wrong(key, value, "a positive number")
+        if (
+            not isinstance(value, int | float)
+            or isinstance(value, bool)
+            or not (FLOAT32_MIN <= value <= FLOAT32_MAX or (zero and value == 0))
+        ):
+            raise self._wrong(key, value, "a number of at least 0" if zero else "a positive number")
         return float(value)
 
     def flag(self, key: str, *, default: bool) -> bool:

@@ -10,10 +10,10 @@ from hymoe.convert import architectures, metadata
 from hymoe.convert.architectures import Architecture
 from hymoe.convert.checkpoint import Checkpoint, open_checkpoint
 from hymoe.convert.config import Config
-from hymoe.convert.plan import QUANTS, Plan, make_plan
+from hymoe.convert.plan import NEEDS_NO_ENGINE, QUANTS, Plan, make_plan
 from hymoe.convert.vocab import Vocabulary, read_vocabulary
 from hymoe.convert.writer import check_disk, write_gguf
-from hymoe.errors import CheckpointError, OutputError
+from hymoe.errors import CheckpointError, OutputError, UnsupportedError
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,17 @@ def prepare(model_dir: Path, quant: str) -> Conversion:
     config = Config.load(model_dir / "config.json")
     generation = model_dir / "generation_config.json"
     generated = Config.load(generation) if generation.is_file() else Config({}, generation.name)
-    config.expect("quantization_config")
+    if config.has("quantization_config"):
+        method = config.sub("quantization_config").data.get("quant_method")
+        raise UnsupportedError(
+            f"{config.source}: quantization_config", got=f"quant_method {method}", expected="the BF16 checkpoint"
+        )
     arch = architectures.load(config, generated)
     checkpoint = open_checkpoint(model_dir)
+    if quant not in NEEDS_NO_ENGINE:
+        from hymoe import engine
+
+        engine.find()
     plan = make_plan(checkpoint, arch, quant)
     vocabulary = read_vocabulary(model_dir, arch.n_vocab, arch.n_extra)
     keys = (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
 from math import prod
 
 from gguf import GGMLQuantizationType, LlamaFileType
@@ -23,6 +22,7 @@ QUANTS = {
     "BF16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
     "Q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
+NEEDS_NO_ENGINE = ("F32", "F16", "BF16")  # the others are made by ggml's own quantizer
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,9 @@ def _unroll(arch: Architecture) -> Iterator[tuple[Row, int]]:
     for row in arch.rows:
         if "{l}" not in row.hf:
             yield row, 0
-    for layer, row in product(range(arch.n_layer), (row for row in arch.rows if "{l}" in row.hf)):
-        yield row, layer
+    layered = [row for row in arch.rows if "{l}" in row.hf]
+    for layer in range(arch.n_layer):
+        yield from ((row, layer) for row in layered)
 
 
 def _take(

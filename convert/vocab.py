@@ -30,6 +30,11 @@ PATTERN = (
 )
 
 
+# Generous: the released vocabulary has 2.1 MB and no token above 128 bytes.
+MAX_RANKS_BYTES = 64 << 20
+MAX_TOKEN_BYTES = 1024
+
+
 class TokenType(IntEnum):
     """`tokenizer.ggml.token_type` values."""
 
@@ -83,11 +88,15 @@ def read_ranks(path: Path) -> list[bytes]:
     """Read a tiktoken file: a line "base64 rank" per token, in order of rank. Returns the tokens' bytes."""
     ranks: list[bytes] = []
     try:
+        if path.stat().st_size > MAX_RANKS_BYTES:
+            raise ValueError(f"{path.stat().st_size} bytes")
         for i, line in enumerate(path.read_bytes().splitlines()):
             token, rank = line.split()
             if int(rank) != i:
                 raise ValueError(f"line {i + 1} has rank {int(rank)}")
             ranks.append(base64.b64decode(token, validate=True))
+            if len(ranks[-1]) > MAX_TOKEN_BYTES:
+                raise ValueError(f"line {i + 1} has {len(ranks[-1])} bytes")
     except (ValueError, binascii.Error, OSError) as exc:
         raise CheckpointError(f"{path.name}: not a tiktoken file ({exc})", expected='lines of "base64 rank"') from exc
     distinct = set(ranks)
@@ -161,23 +170,54 @@ def _from_tokenizer_json(path: Path) -> Vocabulary:
     if not isinstance(model, dict) or model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):
         raise UnsupportedError(f"{path.name}: model", got=_kind(model), expected="a BPE model with a vocab")
     _check_pattern(data.get("pre_tokenizer"), path.name)
-    tokens: dict[int, str] = {}
-    types: dict[int, int] = {}
-    for token, token_id in model["vocab"].items():
-        tokens[token_id], types[token_id] = token, TokenType.NORMAL
-    for added in data.get("added_tokens") or []:
-        token_id = added["id"]
-        tokens[token_id] = added["content"]
-        types[token_id] = TokenType.CONTROL if added.get("special") else TokenType.USER_DEFINED
-    if sorted(tokens) != list(range(len(tokens))):
+    entries = [(token_id, token, TokenType.NORMAL) for token, token_id in model["vocab"].items()]
+    for added in _list(data, "added_tokens", path):
+        if not isinstance(added, dict) or not isinstance(added.get("content"), str):
+            raise CheckpointError(
+                f"{path.name}: added_tokens", got=repr(added)[:60], expected="objects with id and content"
+            )
+        kind = TokenType.CONTROL if added.get("special") else TokenType.USER_DEFINED
+        entries.append((added.get("id"), added["content"], kind))
+    if wrong := [token_id for token_id, _, _ in entries if type(token_id) is not int]:
+        raise CheckpointError(f"{path.name}: a token id", got=repr(wrong[0])[:60], expected="an integer")
+    # An added token may repeat one of the vocabulary; it is later in the list and wins.
+    by_id = {token_id: (token, int(kind)) for token_id, token, kind in entries}
+    ids = range(len(by_id))
+    if set(by_id) != set(ids):
         raise CheckpointError(f"{path.name}: token ids", got="gaps", expected="0, 1, 2, …")
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges") or []]
-    ids = range(len(tokens))
-    return Vocabulary([tokens[i] for i in ids], [int(types[i]) for i in ids], merges, path.name)
+    vocabulary = Vocabulary([by_id[i][0] for i in ids], [by_id[i][1] for i in ids], _merges(model, path), path.name)
+    try:
+        "".join((*vocabulary.tokens, *vocabulary.merges)).encode("utf-8")
+    except UnicodeEncodeError as exc:
+        raise CheckpointError(
+            f"{path.name}: a token or merge", got="half a surrogate pair", expected="Unicode"
+        ) from exc
+    return vocabulary
+
+
+def _merges(model: dict[str, Any], path: Path) -> list[str]:
+    """Merges are stored as "left right", or by newer versions as [left, right]."""
+    merges = [" ".join(m) if _is_pair(m) else m for m in _list(model, "merges", path)]
+    for merge in merges:
+        if not isinstance(merge, str) or merge.count(" ") != 1:
+            raise CheckpointError(f"{path.name}: merges", got=repr(merge)[:60], expected='"left right"')
+    return merges
+
+
+def _is_pair(merge: object) -> bool:
+    return isinstance(merge, list) and len(merge) == 2 and all(isinstance(part, str) for part in merge)
+
+
+def _list(data: dict[str, Any], key: str, path: Path) -> list[Any]:
+    value = data.get(key) or []
+    if not isinstance(value, list):
+        raise CheckpointError(f"{path.name}: {key}", got=type(value).__name__, expected="a list")
+    return value
 
 
 def _check_pattern(pre_tokenizer: Any, source: str) -> None:
-    found = [node["pattern"].get("Regex") for node in _nodes(pre_tokenizer) if isinstance(node.get("pattern"), dict)]
+    patterns = [node.get("pattern") for node in _nodes(pre_tokenizer)]
+    found = [pattern.get("Regex") for pattern in patterns if isinstance(pattern, dict)]
     if found != [PATTERN]:
         raise UnsupportedError(f"{source}: pre_tokenizer", got=json.dumps(found)[:80], expected="HunYuan's pattern")
 
@@ -185,7 +225,8 @@ def _check_pattern(pre_tokenizer: Any, source: str) -> None:
 def _nodes(value: Any) -> Iterator[dict[str, Any]]:
     if isinstance(value, dict):
         yield value
-        for item in value.get("pretokenizers") or []:
+        inner = value.get("pretokenizers")
+        for item in inner if isinstance(inner, list) else []:
             yield from _nodes(item)
 
 

@@ -103,7 +103,10 @@ def _temporary(path: Path) -> Iterator[tuple[Path, int]]:
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            # Whoever held the lock may have renamed the file since it was opened here: then it is finished work.
+            if not os.path.samestat(os.fstat(fd), part.stat()):
+                raise FileNotFoundError
+        except (BlockingIOError, FileNotFoundError):
             raise OutputError(
                 f"{part}: another hy-convert is writing it", fix="wait for it, or choose another name"
             ) from None

@@ -17,6 +17,10 @@ ARCH = "hunyuan-moe"
 N_EXTRA = 205  # <|extra_0|> … <|extra_204|>
 BEGIN_TOKEN = "<|bos|>"  # config.json says 1, which is '"'
 
+# llama.cpp's LLAMA_MAX_EXPERTS and LLAMA_MAX_LAYERS.
+MAX_EXPERTS = 1024
+MAX_LAYERS = 512
+
 # alpha -> trained context. The config's max_position_embeddings is that of the first training stage
 # (Hunyuan_A13B_Technical_Report.pdf: alpha 1000 was tuned to 256 K).
 TRAINED_CONTEXT = {1000.0: 262144}
@@ -72,6 +76,8 @@ def read_hparams(config: Config) -> HParams:
     n_embd = config.integer("hidden_size")
     n_head = config.integer("num_attention_heads")
     head_dim = config.integer("head_dim", "attention_head_dim", default=max(n_embd // n_head, 1))
+    if head_dim % 2 or head_dim < 4:
+        raise UnsupportedError(f"{config.source}: head_dim", got=head_dim, expected="an even number of at least 4")
     n_ff = config.integer("intermediate_size")
     n_shared = config.uniform("num_shared_expert", n_layer=n_layer, default=1)
     hp = HParams(
@@ -100,10 +106,9 @@ def _check(config: Config, hp: HParams) -> None:
         raise CheckpointError(
             f"{config.source}: num_key_value_heads", got=hp.n_head_kv, expected=f"a divisor of {hp.n_head}"
         )
-    if hp.head_dim % 2:
-        raise UnsupportedError(
-            f"{config.source}: head_dim", got=hp.head_dim, expected="an even number, for rotation in halves"
-        )
+    for key, value, most in (("num_experts", hp.n_expert, MAX_EXPERTS), ("num_hidden_layers", hp.n_layer, MAX_LAYERS)):
+        if value > most:
+            raise UnsupportedError(f"{config.source}: {key}", got=value, expected=f"at most {most}, the engine's limit")
     if hp.n_expert < 2:
         raise UnsupportedError(
             f"{config.source}: num_experts",
@@ -144,9 +149,10 @@ def _alpha(config: Config) -> float | None:
 
 def _rope_base(config: Config, head_dim: int) -> float:
     """theta * alpha^(D/(D-2)): with alpha the "dynamic" base is a constant, not a function of length."""
-    theta = _rope(config).number("rope_theta", default=config.number("rope_theta", default=10000.0))
+    theta = (config if config.has("rope_theta") else _rope(config)).number("rope_theta")
     alpha = _alpha(config)
-    return theta if alpha is None else float(theta * alpha ** (head_dim / (head_dim - 2)))
+    base = theta if alpha is None else theta * alpha ** (head_dim / (head_dim - 2))
+    return Config({"base": base}, f"{config.source}: rope_theta with alpha").number("base")
 
 
 def _trained_context(config: Config) -> int:
