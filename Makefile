@@ -40,7 +40,7 @@ demo: setup ## the whole way with an embedded miniature: checkpoint, GGUF, answe
 	@mkdir -p $(DEMO)
 	@$(BIN)/python -m hymoe.convert.miniature $(DEMO)/Hunyuan-Miniature --overwrite >/dev/null
 	$(BIN)/hy-convert $(DEMO)/Hunyuan-Miniature $(DEMO)/Hunyuan-Miniature-BF16.gguf --overwrite
-	$(BIN)/hy-chat $(DEMO)/Hunyuan-Miniature-BF16.gguf --max-tokens 48 -p "What does the lamp at the end of the pier do?"
+	$(BIN)/hy-chat $(DEMO)/Hunyuan-Miniature-BF16.gguf --max-tokens 48 -p "What does the lamp at the end of the pier do?" --max-tokens 60
 	@cat docs/next.txt
 
 test: setup ## the default tests: minutes, no GPU, no real weights

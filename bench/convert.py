@@ -3,7 +3,8 @@
 What is measured, and how:
   start-up    seconds from the start of the process to the first byte of weights written
   write rate  bytes of the file's weights by the seconds from there to the end, the file synced to disk; beside it
-              `cp --reflink=never` of the checkpoint's weights, synced too; medians over pairs run in turn
+              `cp --reflink=never` of the checkpoint's weights, synced too; medians over pairs, first the one and
+              then the other in front, the checkpoint in the page cache before each
   peak RSS    ru_maxrss of the process, for this checkpoint and for a smaller one
 
 Standard library only: a process inherits its parent's ru_maxrss, so this one stays small.
@@ -92,22 +93,29 @@ def parse() -> argparse.Namespace:
 
 def measure(options: argparse.Namespace, work: Path, small: Path, large: Path) -> dict[str, Any]:
     """Run everything; give the medians by side."""
-    ours, copies = [], []
-    for i in range(options.pairs):
-        ours.append(run(lambda out: our_command(large, out), work / "ours.gguf"))
-        copies.append(copy(large, work / "copy"))
-        say(f"pair {i + 1}: ours {mb(ours[-1].rate)}, cp {mb(copies[-1])}, ratio {ours[-1].rate / copies[-1]:.2f}")
+    ours: list[Run] = []
+    copies: list[float] = []
+    jobs: list[Callable[[], None]] = [
+        lambda: ours.append(run(our_command(large), large, work / "ours.gguf")),
+        lambda: copies.append(copy(large, work / "copy")),
+    ]
+    for i in range(options.pairs + 1):
+        for job in jobs if i % 2 else reversed(jobs):
+            job()
+        label = f"pair {i}" if i else "warm-up, not counted"
+        say(f"{label}: ours {mb(ours[-1].rate)}, cp {mb(copies[-1])}, ratio {ours[-1].rate / copies[-1]:.2f}")
+    ours, copies = ours[1:], copies[1:]
     found: dict[str, Any] = {
         "ours": ours,
         "cp": copies,
-        "ours, smaller": run(lambda out: our_command(small, out), work / "ours.gguf"),
+        "ours, smaller": run(our_command(small), small, work / "ours.gguf"),
     }
     if not options.skip_stock:
         for name, source in (("stock", large), ("stock, smaller", small)):
             with stock_command(source, work / "view") as (command, environment):
                 say(f"{name}: minutes of vocabulary first")
-                outputs = ["--outtype", "bf16", "--outfile"]
-                found[name] = run(lambda out: [*command, *outputs, str(out)], work / "stock.gguf", environment)  # noqa: B023
+                full = [*command, "--outtype", "bf16", "--outfile"]
+                found[name] = run(full, source, work / "stock.gguf", environment)
     return found
 
 
@@ -142,14 +150,14 @@ def report(found: Mapping[str, Any]) -> None:
 # -- one measurement each ---------------------------------------------------------------------------------------------
 
 
-def run(command: Callable[[Path], Sequence[str]], out: Path, environment: Mapping[str, str] | None = None) -> Run:
-    """Run one conversion into `out`, sync it, and remove it."""
-    os.sync()
+def run(command: Sequence[str], source: Path, out: Path, environment: Mapping[str, str] | None = None) -> Run:
+    """Run the conversion of `source` by `command` and the output's name, sync the file, and remove it."""
+    settle(source)
     seen: list[tuple[float, int]] = []
     begun = time.monotonic()
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            command(out), stdout=log, stderr=log, env={**os.environ, **(environment or {})}, cwd=ROOT
+            [*command, str(out)], stdout=log, stderr=log, env={**os.environ, **(environment or {})}, cwd=ROOT
         )
         while not os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             seen.append((time.monotonic() - begun, written(process.pid)))
@@ -181,7 +189,7 @@ def copy(checkpoint_folder: Path, target: Path) -> float:
     """Copy the weights of a checkpoint, sync them, remove the copy; gives bytes per second."""
     files = sorted(checkpoint_folder.glob("*.safetensors"))
     target.mkdir()
-    os.sync()
+    settle(checkpoint_folder)
     begun = time.monotonic()
     subprocess.run(["cp", "--reflink=never", *files, target], check=True)
     for file in target.iterdir():
@@ -189,6 +197,15 @@ def copy(checkpoint_folder: Path, target: Path) -> float:
     seconds = time.monotonic() - begun
     shutil.rmtree(target)
     return sum(file.stat().st_size for file in files) / seconds
+
+
+def settle(folder: Path) -> None:
+    """Bring a checkpoint's weights into the page cache and everything written so far to the disk."""
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb", buffering=0) as stream:
+            while stream.read(1 << 20):
+                pass
+    os.sync()
 
 
 def sync(file: Path) -> None:
@@ -200,8 +217,8 @@ def sync(file: Path) -> None:
 # -- what is run ------------------------------------------------------------------------------------------------------
 
 
-def our_command(folder: Path, out: Path) -> list[str]:
-    return [str(Path(sys.executable).with_name("hy-convert")), str(folder), str(out), "--quant", "BF16", "--quiet"]
+def our_command(folder: Path) -> list[str]:
+    return [str(Path(sys.executable).with_name("hy-convert")), "--quant", "BF16", "--quiet", str(folder)]
 
 
 @contextmanager

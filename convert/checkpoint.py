@@ -109,7 +109,10 @@ class Checkpoint:
         fd = self._open(ref.file)
         done = 0
         while done < len(buffer):
-            n = os.preadv(fd, [buffer[done:]], ref.offset + start + done)
+            try:
+                n = os.preadv(fd, [buffer[done:]], ref.offset + start + done)
+            except OSError as exc:
+                raise CheckpointError(f"{ref} cannot be read: {exc.strerror}", fix="is the disk all right?") from exc
             if n == 0:
                 raise CheckpointError(f"{ref}: the file ended while it was read", fix=FETCH_AGAIN)
             done += n
@@ -322,7 +325,10 @@ def _entry(file: Path, name: str, entry: Any, data_start: int) -> TensorRef:
 
 
 def _is_naturals(value: object) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in value)
+    """Say whether `value` is a list of sizes that a file system could hold."""
+    return isinstance(value, list) and all(
+        isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 48 for n in value
+    )
 
 
 def _check_layout(file: Path, refs: dict[str, TensorRef], data_start: int, size: int) -> None:

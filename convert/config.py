@@ -13,7 +13,7 @@ MAX_JSON_BYTES = 256 << 20
 
 # What GGUF's 32-bit metadata can hold.
 MAX_INTEGER = 2**31 - 1
-MAX_NUMBER = (2 - 2**-23) * 2.0**127
+MIN_NUMBER, MAX_NUMBER = 2.0**-126, (2 - 2**-23) * 2.0**127
 
 
 def read_json(path: Path, *, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
@@ -70,7 +70,7 @@ class Config:
         return Config({}, self.source)
 
     def integer(self, *keys: str, default: int | None = None, minimum: int = 1) -> int:
-        """Read an int of at least `minimum` under the first of `keys` that exists."""
+        """Read an int from `minimum` to 2^31 - 1 under the first of `keys` that exists."""
         key, value = self._find(keys, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
             raise self._wrong(key, value, f"an integer of at least {minimum}")
@@ -78,11 +78,16 @@ class Config:
             raise self._wrong(key, value, f"an integer of at most {MAX_INTEGER}")
         return value
 
-    def number(self, *keys: str, default: float | None = None) -> float:
-        """Read a positive number that float32 can hold, under the first of `keys` that exists."""
+    def number(self, *keys: str, default: float | None = None, zero: bool = False) -> float:
+        """Read a positive number that float32 can hold (or 0, where `zero`) under the first of `keys` that exists."""
         key, value = self._find(keys, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= MAX_NUMBER:
-            raise self._wrong(key, value, "a positive number that a 32-bit float can hold")
+        if (
+            not isinstance(value, int | float)
+            or isinstance(value, bool)
+            or not (MIN_NUMBER <= value <= MAX_NUMBER or (zero and value == 0))
+        ):
+            kind = "number of at least 0" if zero else "positive number"
+            raise self._wrong(key, value, f"a {kind} that a 32-bit float can hold")
         return float(value)
 
     def flag(self, key: str, *, default: bool) -> bool:

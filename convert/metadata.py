@@ -66,7 +66,7 @@ def sampling(generation: Config) -> Iterator[Key]:
     """The vendor's sampling defaults. The vendor penalises repetition over the whole context, hence -1."""
     for key, gguf_key, kind in SAMPLING:
         if generation.has(key):
-            value = generation.integer(key) if kind == "INT32" else generation.number(key)
+            value = generation.integer(key, minimum=0) if kind == "INT32" else generation.number(key, zero=True)
             yield Key(gguf_key, value, kind)  # type: ignore[arg-type]
             if key == "repetition_penalty":
                 yield Key("general.sampling.penalty_last_n", -1, "INT32")
@@ -139,8 +139,9 @@ def chat_template(folder: Path) -> str:
     config = folder / "tokenizer_config.json"
     template = read_json(config).get("chat_template") if config.is_file() else None
     if isinstance(template, list):  # transformers also stores several, by name
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
+        template = next(
+            (e.get("template") for e in template if isinstance(e, dict) and e.get("name") == "default"), None
+        )
     if template is not None and not isinstance(template, str):
         raise CheckpointError(f"{config.name}: chat_template", got=type(template).__name__, expected="a string")
     return template or fallback()
@@ -153,5 +154,5 @@ def provenance(folder: Path) -> Provenance:
     if folder.parent.name == "snapshots" and cached:
         return Provenance(cached[2], cached[1], folder.name)
     note = folder / ".cache" / "huggingface" / "download" / "config.json.metadata"
-    revision = note.read_text(encoding="utf-8").split("\n", 1)[0].strip() if note.is_file() else ""
+    revision = note.read_text(encoding="ascii", errors="replace").split("\n", 1)[0].strip() if note.is_file() else ""
     return Provenance(folder.name or "model", None, revision if re.fullmatch(r"[0-9a-f]{40}", revision) else None)

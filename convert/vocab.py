@@ -40,6 +40,11 @@ PATTERN = (
 )
 
 
+# Generous: the released vocabulary has 2.1 MB and no token above 128 bytes.
+MAX_RANKS_BYTES = 64 << 20
+MAX_TOKEN_BYTES = 1024
+
+
 class TokenType(IntEnum):
     """`tokenizer.ggml.token_type` values."""
 
@@ -134,11 +139,15 @@ def read_ranks(path: Path) -> list[bytes]:
     """Read a tiktoken file: a line "base64 rank" per token, in order of rank. Returns the tokens' bytes."""
     ranks: list[bytes] = []
     try:
+        if path.stat().st_size > MAX_RANKS_BYTES:
+            raise ValueError(f"{path.stat().st_size} bytes")
         for i, line in enumerate(path.read_bytes().splitlines()):
             token, rank = line.split()
             if int(rank) != i:
                 raise ValueError(f"line {i + 1} has rank {int(rank)}")
             ranks.append(base64.b64decode(token, validate=True))
+            if len(ranks[-1]) > MAX_TOKEN_BYTES:
+                raise ValueError(f"line {i + 1} has {len(ranks[-1])} bytes")
     except (ValueError, binascii.Error, OSError) as exc:
         raise CheckpointError(f"{path.name}: not a tiktoken file ({exc})", expected='lines of "base64 rank"') from exc
     distinct = set(ranks)
@@ -251,7 +260,8 @@ def _short(value: Any) -> str:
 
 
 def _check_pattern(pre_tokenizer: Any, source: str) -> None:
-    found = [node["pattern"].get("Regex") for node in _nodes(pre_tokenizer) if isinstance(node.get("pattern"), dict)]
+    patterns = [node.get("pattern") for node in _nodes(pre_tokenizer)]
+    found = [pattern.get("Regex") for pattern in patterns if isinstance(pattern, dict)]
     if found != [PATTERN]:
         raise UnsupportedError(f"{source}: pre_tokenizer", got=json.dumps(found)[:80], expected="HunYuan's pattern")
 

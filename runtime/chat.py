@@ -10,6 +10,7 @@ from contextlib import closing
 from hymoe import console
 from hymoe.errors import ServerError
 from hymoe.runtime.client import Client, Message
+from hymoe.runtime.process import waking
 from hymoe.runtime.stream import ChatStream, Piece
 
 HELP = """\
@@ -118,7 +119,8 @@ def repl(chat: Chat) -> None:
     console.status("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
     while True:
         try:
-            line = console.ask("> ").strip()
+            with waking():
+                line = console.ask("> ").strip()
         except EOFError:
             console.status("")
             return

@@ -19,7 +19,7 @@ app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_com
 @app.command()
 def chat(
     model: Annotated[
-        Path | None, typer.Argument(metavar="[MODEL.gguf]", help="The model, unless --url is given.")
+        Path | None, typer.Argument(metavar="MODEL.gguf", help="The model, unless --url is given.")
     ] = None,
     url: Annotated[str | None, typer.Option(help="Use the server at this address; its key is HYMOE_API_KEY.")] = None,
     prompt: Annotated[

@@ -36,6 +36,8 @@ class Client:
             headers=headers,
             # No limit on reading: a long prompt is silent for minutes, and Ctrl-C is there.
             timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),
+            # A fresh connection for each question: the server closes idle ones, and may do so as we write.
+            limits=httpx.Limits(max_keepalive_connections=0),
             # A proxy from the environment must not come between us and our own machine.
             trust_env=not host.startswith(LOOPBACK),
         )

@@ -26,6 +26,7 @@ from hymoe.errors import OutputError, ServerError
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 STOP_SECONDS = 10.0
 TAIL_BYTES = 8192
+WAKE_SECONDS = 0.5
 
 
 class Terminated(SystemExit):
@@ -107,6 +108,25 @@ def signals_as_exceptions() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def waking() -> Iterator[None]:
+    """Let signals end a wait for input inside the block, also one that comes just before the wait begins.
+
+    input() blocks in C. A handler whose signal came a moment too early runs at the next key only, so something has to
+    wake it now and then.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, lambda _number, _frame: None)
+    signal.setitimer(signal.ITIMER_REAL, WAKE_SECONDS, WAKE_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _raise_terminated(number: int, _frame: FrameType | None) -> NoReturn:

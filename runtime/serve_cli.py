@@ -30,7 +30,7 @@ LogFile = Annotated[Path | None, typer.Option("--log", metavar="FILE", help="App
 def serve(
     model: ModelPath,
     engine_arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="[-- LLAMA-SERVER-ARGUMENT...]", help="Passed on as they are.")
+        list[str] | None, typer.Argument(metavar="-- LLAMA-SERVER-ARGUMENT", help="Passed on as they are.")
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for the whole network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: a free one.")] = 8080,

@@ -275,7 +275,7 @@ def _connect_host(host: str) -> str:
 
 def _port_taken(port: int) -> ServerError:
     return ServerError(
-        f"port {port}", got="one that another program listens on", expected="a free one", fix="give another with --port"
+        f"port {port}", got="one in use by another program", expected="a free one", fix="give another with --port"
     )
 
 

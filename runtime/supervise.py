@@ -35,8 +35,8 @@ def _serve(options: ServerOptions) -> int:
         console.warn(f"everybody who reaches {options.host} can use this server; HYMOE_API_KEY sets a key")
     console.status(f"loading {options.model}")
     with Server(options) as server:
-        console.status(f"ready: {server.endpoint.url} (context {server.n_ctx}{_why(options, server.n_ctx)})")
         try:
+            console.status(f"ready: {server.endpoint.url} (context {server.n_ctx}{_why(options, server.n_ctx)})")
             server.wait()
         except (KeyboardInterrupt, Terminated):
             console.status("stopping")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,18 @@ from hymoe.convert.convert import ConvertOptions, convert
 TIERS = ("long", "stock", "oracle")
 
 
+def pytest_configure() -> None:
+    """Give children the usual signals: a job in the background, or under nohup, would hand on that it ignores them."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The default tier leaves out what needs minutes or peers; skip, visibly, what needs the real vocabulary."""
-    if not config.option.markexpr:
-        chosen = [item for item in items if not any(item.get_closest_marker(tier) for tier in TIERS)]
-        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-        items[:] = chosen
+    left_out = [tier for tier in TIERS if tier not in config.option.markexpr]
+    chosen = [item for item in items if not any(item.get_closest_marker(tier) for tier in left_out)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
     if data_folder() is None:
         skip = pytest.mark.skip(reason="HYMOE_TEST_DATA names no folder with the real vocabulary and configs")
         for item in items:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
 import re
 import select
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,12 +39,12 @@ def run(
 class Terminal:
     """A command on a terminal; `screen` is all it has shown, \\r\\n as \\n."""
 
-    def __init__(self, words: list[str], *, env: Mapping[str, str] | None = None, stderr: bool = True) -> None:
+    def __init__(self, words: list[str], *, env: Mapping[str, str] | None = None) -> None:
         self.pid, self._fd = pty.fork()
         if self.pid == 0:
             os.environ.update(env or {})
-            if not stderr:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            # 50 lines of 500 columns: no line of a test wraps.
+            fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 500, 0, 0))
             os.execv(words[0], words)
         self._raw = b""
 
@@ -67,6 +70,10 @@ class Terminal:
         while (at := self.screen.find(text, after)) < 0:
             assert self._read(deadline), f"the command ended without {text!r}:\n{self.screen}"
         return at + len(text)
+
+    def read(self) -> None:
+        """Wait for something new on the screen."""
+        assert self._read(time.monotonic() + TIMEOUT), f"the command ended:\n{self.screen}"
 
     def type(self, text: str) -> None:
         """Type `text`; "\\x03" is Ctrl-C, "\\x04" Ctrl-D."""

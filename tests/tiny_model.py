@@ -78,7 +78,8 @@ def tensors(n_vocab: int) -> Iterator[tuple[str, NDArray[np.float32]]]:
     random = np.random.default_rng(7)
 
     def matrix(*shape: int) -> NDArray[np.float32]:
-        return (random.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float32)
+        values: NDArray[np.float32] = (random.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float32)
+        return values
 
     output = np.zeros((n_vocab, N_EMBD), np.float32)
     output[list(LETTERS)] = 4 * matrix(len(LETTERS), N_EMBD)

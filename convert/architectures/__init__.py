@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
-from itertools import product
 from typing import Any, Literal, NamedTuple, cast
 
 from hymoe.convert.config import Config
@@ -82,9 +81,9 @@ class Architecture:
         for row in self.rows:
             if "{l}" not in row.hf:
                 yield row, 0
-        for layer, row in product(range(self.n_layer), (row for row in self.rows if "{l}" in row.hf)):
-            if row.every is None or layer % self.sizes[row.every] == 0:
-                yield row, layer
+        layered = [row for row in self.rows if "{l}" in row.hf]
+        for layer in range(self.n_layer):
+            yield from ((row, layer) for row in layered if row.every is None or layer % self.sizes[row.every] == 0)
 
     def stored_names(self, row: Row, layer: int) -> list[str]:
         """Give the row's names in the checkpoint: one, or one for each expert."""

@@ -4,27 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from hymoe.convert.config import MAX_NUMBER, Config
+from hymoe.convert.config import Config
 from hymoe.errors import UnsupportedError
 
 
 def rope_base(config: Config, head_dim: int) -> float:
     """theta * alpha^(D/(D-2)): with alpha the "dynamic" base is a constant, not a function of length.
 
-    Raises UnsupportedError for another kind of scaling, or a base that is no number.
+    head_dim: more than 2. Raises UnsupportedError for another kind of scaling, CheckpointError for a base that float32
+    cannot hold.
     """
-    theta = _rope(config).number("rope_theta", default=config.number("rope_theta", default=10000.0))
+    theta = (config if config.has("rope_theta") else _rope(config)).number("rope_theta")
     alpha = _alpha(config)
-    if alpha is None:
-        return theta
-    if head_dim <= 2:
-        raise UnsupportedError(f"{config.source}: head_dim", got=head_dim, expected="more than 2, for alpha")
-    base = float(theta * alpha ** (head_dim / (head_dim - 2)))
-    if base > MAX_NUMBER:
-        raise UnsupportedError(
-            f"{config.source}: alpha", got=f"{alpha:g}", expected="a rope base that a 32-bit float can hold"
-        )
-    return base
+    base = theta if alpha is None else theta * alpha ** (head_dim / (head_dim - 2))
+    return Config({"base": base}, f"{config.source}: rope_theta with alpha").number("base")
 
 
 def trained_context(config: Config, by_alpha: Mapping[float, int]) -> int:

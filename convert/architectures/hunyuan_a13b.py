@@ -72,6 +72,8 @@ def read_hparams(config: Config) -> HParams:
     n_embd = config.integer("hidden_size")
     n_head = config.integer("num_attention_heads")
     head_dim = config.integer("head_dim", "attention_head_dim", default=max(n_embd // n_head, 1))
+    if head_dim % 2 or head_dim < 4:
+        raise UnsupportedError(f"{config.source}: head_dim", got=head_dim, expected="an even number of at least 4")
     n_ff = config.integer("intermediate_size")
     n_shared = config.uniform("num_shared_expert", n_layer=n_layer, default=1)
     hp = HParams(
@@ -99,10 +101,6 @@ def _check(config: Config, hp: HParams) -> None:
     if hp.n_head % hp.n_head_kv:
         raise CheckpointError(
             f"{config.source}: num_key_value_heads", got=hp.n_head_kv, expected=f"a divisor of {hp.n_head}"
-        )
-    if hp.head_dim % 2:
-        raise UnsupportedError(
-            f"{config.source}: head_dim", got=hp.head_dim, expected="an even number, for rotation in halves"
         )
     if hp.n_expert < 2:
         raise UnsupportedError(

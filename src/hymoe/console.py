@@ -76,7 +76,7 @@ def dim(text: str) -> str:
     from rich.console import Console
 
     console = Console(file=sys.stdout)
-    return f"\x1b[2m{text}\x1b[0m" if console.color_system else text
+    return f"\x1b[2m{text}\x1b[0m" if console.color_system and not console.no_color else text
 
 
 @contextmanager

@@ -7,17 +7,19 @@ import sys
 from datetime import datetime
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hymoe.chat_templates import fallback, render
-from hymoe.chat_templates.render import _compiled
-from hymoe.errors import UnsupportedError
 from jinja2 import TemplateError
 from jinja2.exceptions import SecurityError
 
+from hymoe.chat_templates import fallback, render
+from hymoe.chat_templates.render import _compiled
+from hymoe.errors import UnsupportedError
+
 ROLES = ("system", "user", "assistant", "tool", "stranger")
 CONTENTS = ("", "Hello.\n", "{{ x }} 你好 <|eos|>", None)  # None: no content at all
-THINKING: tuple[dict[str, object], ...] = ({}, {"enable_thinking": True}, {"enable_thinking": False})
+THINKING: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": True}, {"enable_thinking": False})
 
 Messages = list[dict[str, str]]
 

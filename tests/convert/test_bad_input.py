@@ -16,6 +16,7 @@ import pytest
 from hymoe.convert import miniature
 from hymoe.convert.cli import main
 from hymoe.convert.miniature import Spec
+from hymoe.convert.vocab import PATTERN
 
 SPEC = Spec(n_layer=2, n_embd=64, n_head=2, n_head_kv=1, head_dim=32, n_ff=32, n_expert=4, n_expert_used=2, n_rank=300)
 SHARD = "model.safetensors"
@@ -130,6 +131,19 @@ CONFIG_CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"quantization_config": {"quant_method": "bitsandbytes"}},
         ("quantization_config: quant_method: got bitsandbytes, expected one of fp8, compressed-tensors, gptq, awq",),
     ),
+    "head size of 2": ({"attention_head_dim": 2}, ("head_dim: got 2, expected an even number of at least 4",)),
+    "experts per layer": ({"num_experts": [4, 8]}, ("num_experts: got 8 for layer 1 and 4 for layer 0",)),
+    "too many experts": ({"num_experts": 1025}, ("number of experts: got 1025, expected at most 1024",)),
+    "too many layers": (
+        {"num_hidden_layers": 50_000_000, "moe_topk": 2, "moe_intermediate_size": 32, "num_shared_expert": 1},
+        ("number of layers: got 50000000, expected at most 512",),
+    ),
+    "theta beyond float": ({"rope_theta": 10**400}, ("rope_theta: got 1", "expected a positive number")),
+    "theta beyond float32": ({"rope_theta": 1e39}, ("rope_theta: got 1e+39, expected a positive number",)),
+    "theta with alpha beyond float32": ({"rope_theta": 1e37}, ("rope_theta with alpha: base: got 1",)),
+    "no theta": ({"rope_theta": None}, ("rope_theta: got nothing",)),
+    "epsilon that float32 makes 0": ({"rms_norm_eps": 1e-60}, ("rms_norm_eps: got 1e-60",)),
+    "context beyond 32 bits": ({"max_position_embeddings": 1 << 40}, ("max_position_embeddings: got 1099511627776",)),
     "end token outside": (
         {"eos_token_id": 9999},
         ("eos_token_id: got 9999, expected an id below vocab_size 510",),
@@ -320,6 +334,56 @@ def test_vocabulary_of_another_model(folder: Path, capsys: pytest.CaptureFixture
 def test_broken_vocabulary(text: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "hy.tiktoken").write_text(text)
     fails(folder, capsys, "hy.tiktoken: ")
+
+
+HUNYUAN = {"type": "Split", "pattern": {"Regex": PATTERN}}
+TOKENIZERS: dict[str, tuple[dict[str, Any], str]] = {
+    "added without id": ({"added_tokens": [{"content": "x"}]}, "tokenizer.json: id of 'x': got null"),
+    "added strings": ({"added_tokens": ["x"]}, 'tokenizer.json: added_tokens: got "x"'),
+    "added an object": ({"added_tokens": {"a": 1}}, 'tokenizer.json: added_tokens: got {"a": 1}, expected a list'),
+    "string id": ({"model": {"type": "BPE", "vocab": {"a": "0"}}}, "tokenizer.json: id of 'a': got \"0\""),
+    "list id": ({"model": {"type": "BPE", "vocab": {"a": [0]}}}, "tokenizer.json: id of 'a': got [0]"),
+    "gap": ({"model": {"type": "BPE", "vocab": {"a": 1}}}, "tokenizer.json: token ids: got gaps"),
+    "merge of numbers": ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [[1, 2]]}}, "merges: got [1, 2]"),
+    "merge a number": ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [1]}}, "merges: got 1"),
+    "half a surrogate": ({"model": {"type": "BPE", "vocab": {"\ud800": 0}}}, "surrogates not allowed"),
+    "pre-tokenizer": ({"pre_tokenizer": {"pretokenizers": 5}}, "pre_tokenizer: got []"),
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_broken_tokenizer_json(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes, part = TOKENIZERS[name]
+    (folder / "hy.tiktoken").unlink()
+    good = {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "pre_tokenizer": HUNYUAN}
+    (folder / "tokenizer.json").write_text(json.dumps(good | changes))
+    fails(folder, capsys, part)
+
+
+@pytest.mark.parametrize(
+    ("template", "part"),
+    [
+        (
+            [{"name": ["x"], "template": 7}, {"name": "default", "template": 7}],
+            "chat_template: got int, expected a string",
+        ),
+        ("\ud800", "tokenizer_config.json: not valid JSON"),
+    ],
+)
+def test_broken_template(template: object, part: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    fails(folder, capsys, part)
+
+
+def test_absurd_shape(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rewrite(folder, lambda header: header[NAME].update(shape=[10**4000, 10**4000]))
+    fails(folder, capsys, f"header entry {NAME}", "a list of sizes")
+
+
+def test_sampling_that_switches_something_off_is_legal(folder: Path) -> None:
+    settings = {"temperature": 0.0, "top_k": 0, "min_p": 0, "top_p": 1.0, "repetition_penalty": 1}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    assert main([str(folder), str(folder.parent / "out.gguf"), "-q"]) == 0
 
 
 def test_tokenizer_json_of_another_family(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

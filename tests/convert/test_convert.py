@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -242,11 +243,7 @@ def test_provenance(mini: Path, tmp_path: Path) -> None:
     """A folder of the hub's cache tells repository and revision; so does a --local-dir download."""
     revision = "2798f3c0" * 5
     cached = tmp_path / "models--tencent--Hunyuan-A13B-Instruct" / "snapshots" / revision
-    cached.parent.mkdir(parents=True)
-    cached.symlink_to(mini, target_is_directory=True)
-    # Resolved, the link is the miniature's folder: a real cache holds real folders of links.
-    cached.unlink()
-    cached.mkdir()
+    cached.mkdir(parents=True)
     for file in mini.iterdir():
         (cached / file.name).symlink_to(file)
     convert(ConvertOptions(cached, tmp_path / "a.gguf"))
@@ -254,6 +251,17 @@ def test_provenance(mini: Path, tmp_path: Path) -> None:
     assert found["general.name"] == "Hunyuan A13B Instruct"
     assert found["general.source.repo_url"] == "https://huggingface.co/tencent/Hunyuan-A13B-Instruct"
     assert found["hymoe.source.revision"] == revision
+    local = Path(shutil.copytree(mini, tmp_path / "Hunyuan-A13B-Pretrain"))
+    note = local / ".cache" / "huggingface" / "download" / "config.json.metadata"
+    note.parent.mkdir(parents=True)
+    note.write_text(f"{revision}\netag\n1.0\n")
+    convert(ConvertOptions(local, tmp_path / "b.gguf"))
+    found = keys(GGUFReader(tmp_path / "b.gguf"))
+    assert found["general.name"] == "Hunyuan A13B Pretrain"
+    assert found["hymoe.source.revision"] == revision
+    note.write_bytes(b"\xff" * 40 + b"\n")
+    convert(ConvertOptions(local, tmp_path / "c.gguf"))
+    assert "hymoe.source.revision" not in keys(GGUFReader(tmp_path / "c.gguf"))
 
 
 def test_cli_prints_plan_and_writes_nothing(mini: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,14 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tiny_model import write_model
 
 from hymoe import engine
 from hymoe.chat_templates import fallback
 from hymoe.errors import EngineError
 from hymoe.runtime.server import Endpoint, ServerOptions, serve
-from tiny_model import write_model
 
 KEY = "the-key"
+UNWANTED = ("HYMOE_API_KEY", "NO_COLOR", "FORCE_COLOR")
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +44,7 @@ def endpoint(llama_server: Path, tiny: Path) -> Iterator[Endpoint]:
 def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of the developer's own settings, and a terminal that knows no sequences."""
     for name in os.environ:
-        if name.startswith(("LLAMA_", "AIP_")) or name in ("HYMOE_API_KEY", "NO_COLOR", "FORCE_COLOR"):
+        if name.startswith(("LLAMA_", "AIP_")) or name.upper().endswith("_PROXY") or name in UNWANTED:
             monkeypatch.delenv(name)
     monkeypatch.setenv("TERM", "dumb")
     monkeypatch.setenv("COLUMNS", "200")

@@ -5,25 +5,25 @@ from __future__ import annotations
 import os
 import re
 import signal
-import time
+import sys
 from pathlib import Path
 
 import httpx
 import pytest
+from terminal import Terminal, command, ends_within, engine_of, run
+from tiny_model import TRAINED, write_model
 
+from hymoe.chat_templates import fallback
+from hymoe.errors import ServerError
 from hymoe.runtime.chat_cli import main
 from hymoe.runtime.client import endpoint_from_url
-from hymoe.errors import ServerError
 from hymoe.runtime.server import Endpoint
-from terminal import Terminal, command, ends_within, engine_of, run
-from tiny_model import TRAINED
 
 pytestmark = pytest.mark.engine
 
 N = 12  # tokens of an answer: letters, as many as tokens
 LIMIT = ("--max-tokens", N)
 INTRODUCTION = "/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves\n"
-LONG = "word " * TRAINED
 
 
 def expected(endpoint: Endpoint, *messages: str, system: str | None = None) -> str:
@@ -73,31 +73,173 @@ def test_details(attach: list[str]) -> None:
     assert re.fullmatch(rf"cut at --max-tokens\n{N} tokens, [\d.]+ tokens/s\n", done.stderr)
 
 
-def test_a_conversation(endpoint: Endpoint, attach: list[str]) -> None:
+def test_a_conversation(endpoint: Endpoint, tiny: Path) -> None:
+    """The whole screen of a conversation, with all that can go wrong in one that goes on."""
     first = expected(endpoint, "Hello")
     second = expected(endpoint, "Hello", first, "/think And?")
-    with Terminal([*attach, *map(str, LIMIT)]) as terminal:
-        at = 0
-        script = [
-            ("Hello\n", f"{first}\ncut at --max-tokens\n"),
-            ("/think And?\n", f"{second}\ncut at --max-tokens\n"),
-            ("\n", ""),
-            ("/rest\n", "unknown command /rest; /help lists them\n"),
-            (LONG + "\n", None),
-            ("/reset\n", "the conversation is forgotten\n"),
-            ("Hello\n", f"{first}\ncut at --max-tokens\n"),
-            ("\x03", "^C\nCtrl-D or /exit leaves\n"),
-        ]
-        shown = INTRODUCTION
+    long = "word " * 60
+    script = [
+        ("Hello\n", f"Hello\n{first}\ncut at --max-tokens\n"),
+        ("/think And?\n", f"/think And?\n{second}\ncut at --max-tokens\n"),
+        ("\n", "\n"),
+        ("/rest\n", "/rest\nunknown command /rest; /help lists them\n"),
+        (
+            f"{long}\n",
+            f"{long}\nerror: context full: the conversation has 347 tokens, the server holds 256; "
+            "/reset starts over, a larger --ctx holds more\n",
+        ),
+        ("/reset\n", "/reset\nthe conversation is forgotten\n"),
+        ("Hello\n", f"Hello\n{first}\ncut at --max-tokens\n"),
+        ("half a li", "half a li"),
+        ("\x03", "\nCtrl-D or /exit leaves\n"),
+        ("\x04", "\n"),
+    ]
+    with Terminal(command("hy-chat", tiny, "--ctx", 256, *LIMIT)) as terminal:
+        shown = f"loading {tiny}\nready (context 256)\n{INTRODUCTION}"
         for typed, answer in script:
-            at = terminal.expect("> ", after=at)
-            if len(typed) > 1000:  # a line longer than the terminal's own limit needs readline
-                typed = "word " * 600 + "\n"
+            prompt = "" if typed == "\x03" else "> "
+            terminal.expect(prompt, after=len(shown))
             terminal.type(typed)
-            if answer is None:
-                terminal.expect("error: context full: the conversation has ", after=at)
-                at = terminal.expect("a larger --ctx holds more\n", after=at)
-        terminal.expect("> ", after=at)
+            shown += prompt + answer
+            terminal.expect(answer, after=len(shown) - len(answer))
+        assert terminal.wait() == 0
+    assert terminal.screen == shown
+
+
+@pytest.fixture(scope="module")
+def talkative(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with room for an answer of several seconds."""
+    return write_model(tmp_path_factory.mktemp("model") / "talkative.gguf", template=fallback(), trained=16384)
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(talkative: Path) -> None:
+    with Terminal(command("hy-chat", talkative, "-q", "--threads", 1)) as terminal:
+        terminal.expect("> ")
+        terminal.type("Talk!\n")
+        terminal.expect("Talk!\n")
+        wait_for_text(terminal, 30)
+        terminal.type("\x03")
+        at = terminal.expect("\n> ")
+        terminal.type("/exit\n")
+        assert terminal.wait() == 0
+    assert re.fullmatch(r"> Talk!\n[a-z ]+\^C[a-z ]*\n> /exit\n", terminal.screen), terminal.screen
+    assert at < 16000  # it had more to say
+
+
+def test_ctrl_c_in_one_shot_is_status_130(talkative: Path) -> None:
+    with Terminal(command("hy-chat", talkative, "-q", "-p", "Talk!", "--threads", 1)) as terminal:
+        wait_for_text(terminal, 30)
+        engine = engine_of(terminal.pid)
+        terminal.type("\x03")
+        assert terminal.wait() == 130
+    assert re.fullmatch(r"[a-z ]+\^C[a-z ]*\n", terminal.screen)
+    assert engine is not None
+    assert ends_within(engine, 0)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGKILL, -9)])
+def test_a_signal_leaves_no_engine_behind(tiny: Path, number: signal.Signals, status: int) -> None:
+    with Terminal(command("hy-chat", tiny)) as terminal:
+        terminal.expect("> ")
+        engine = engine_of(terminal.pid)
+        os.kill(terminal.pid, number)
+        assert terminal.wait() == status
+    assert engine is not None
+    assert ends_within(engine, 2.0)
+
+
+def test_an_engine_lost_between_two_questions(tiny: Path) -> None:
+    with Terminal(command("hy-chat", tiny, "-q", *LIMIT)) as terminal:
+        at = terminal.expect("> ")
+        os.kill(engine_of(terminal.pid) or 0, signal.SIGKILL)
+        for _ in range(2):
+            terminal.type("Hello\n")
+            at = terminal.expect("error: the engine stopped while serving: killed by SIGKILL\n> ", after=at)
         terminal.type("\x04")
         assert terminal.wait() == 0
-        del shown
+
+
+def test_no_server_and_no_key(
+    endpoint: Endpoint, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["--url", "127.0.0.1:9/v1/", "-p", "Hello"]) == 1
+    assert capsys.readouterr().err == (
+        "error: no server at http://127.0.0.1:9: got [Errno 111] Connection refused; start one with hy-serve\n"
+    )
+    assert main(["--url", endpoint.url, "-p", "Hello"]) == 1
+    line = f"error: {endpoint.url}: got no API key; set HYMOE_API_KEY to the server's\n"
+    assert capsys.readouterr() == ("", line)
+    monkeypatch.setenv("HYMOE_API_KEY", "wrong")
+    assert main(["--url", endpoint.url, "-p", "Hello"]) == 1
+    assert capsys.readouterr() == ("", line.replace("no API key", "a wrong API key"))
+
+
+def test_a_prompt_that_is_none(attach: list[str]) -> None:
+    empty = run([*attach, "-p", "-"], stdin=b" \n")
+    assert (empty.returncode, empty.stdout) == (1, "")
+    assert empty.stderr.startswith("error: stdin: got nothing, expected a prompt; ")
+    binary = run(attach, stdin=b"ab\xff")
+    assert (binary.returncode, binary.stderr) == (1, "error: stdin: got byte 0xff at 2, expected UTF-8 text\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["-p", "x"], "give either MODEL.gguf or --url"),
+        (["m.gguf", "--url", "x"], "give either MODEL.gguf or --url"),
+        (["--url", "x", "--ctx", "5"], "--ctx, --threads and --log belong to the server that --url names"),
+    ],
+)
+def test_usage(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["localhost:8080", "http://localhost:8080/", "http://localhost:8080/v1"])
+def test_addresses_people_paste(given: str) -> None:
+    assert endpoint_from_url(given, None) == Endpoint("http://localhost:8080")
+
+
+@pytest.mark.parametrize("given", ["", "ftp://host", "http://", "host:port", "http://[::1"])
+def test_addresses_that_are_none(given: str) -> None:
+    with pytest.raises(ServerError, match=r"^--url: got .*expected something like http://127\.0\.0\.1:8080$"):
+        endpoint_from_url(given, None)
+
+
+SHOW = """
+from hymoe.runtime.chat import Screen
+from hymoe.runtime.stream import Piece
+screen = Screen()
+thought = ["hm", " \\x1b]0;x\\x07"]
+answer = ["\\x1b[2Jyes", "\\n\\t你好\\n"]
+for kind, text in [("thought", text) for text in thought] + [("text", text) for text in answer]:
+    screen.show(Piece(kind, text))
+screen.end()
+assert screen.text == "\\x1b[2Jyes\\n\\t你好\\n"
+"""
+
+
+@pytest.mark.parametrize(
+    ("env", "shown"),
+    [
+        ({"TERM": "xterm"}, "\x1b[2mhm\x1b[0m\x1b[2m ]0;x\x1b[0m\n\n[2Jyes\n\t你好\n"),
+        ({"TERM": "xterm", "NO_COLOR": "1"}, "[thinking] hm ]0;x\n\n[2Jyes\n\t你好\n"),
+    ],
+    ids=["colour", "NO_COLOR"],
+)
+def test_thoughts_and_control_characters_on_a_terminal(env: dict[str, str], shown: str) -> None:
+    with Terminal([sys.executable, "-c", SHOW], env=env) as terminal:
+        assert terminal.wait() == 0
+    assert terminal.screen == shown
+
+
+def test_a_pipe_gets_the_answer_as_it_is() -> None:
+    done = run([sys.executable, "-c", SHOW])
+    assert (done.stdout, done.stderr) == ("\x1b[2Jyes\n\t你好\n", "")
+
+
+def wait_for_text(terminal: Terminal, n: int) -> None:
+    """Wait until `n` more characters are on the screen."""
+    enough = len(terminal.screen) + n
+    while len(terminal.screen) < enough:
+        terminal.read()

@@ -9,12 +9,22 @@ from pathlib import Path
 
 import pytest
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
+from tiny_model import TRAINED, write_model
+
 from hymoe.chat_templates import fallback
 from hymoe.errors import ModelFileError
 from hymoe.runtime.header import peek, read
-from tiny_model import TRAINED, write_model
 
-NUMBERS = {"uint8": 200, "int8": -3, "uint16": 60000, "int16": -4, "uint32": 7, "int32": -9, "uint64": 2**60, "int64": -5}
+NUMBERS = {
+    "uint8": 200,
+    "int8": -3,
+    "uint16": 60000,
+    "int16": -4,
+    "uint32": 7,
+    "int32": -9,
+    "uint64": 2**60,
+    "int64": -5,
+}
 
 
 @pytest.fixture
@@ -95,7 +105,10 @@ def entry(key: bytes, kind: int, value: bytes) -> bytes:
 # name -> (bytes of the file, the message after the path)
 DAMAGED = {
     "empty": (b"", ": not a GGUF: got an empty file, expected 'GGUF' at its start"),
-    "zip": (b"PK\x03\x04" + bytes(60), ": not a GGUF: got 'PK\\x03\\x04', expected 'GGUF' at its start; hy-convert makes one"),
+    "zip": (
+        b"PK\x03\x04" + bytes(60),
+        ": not a GGUF: got 'PK\\x03\\x04', expected 'GGUF' at its start; hy-convert makes one",
+    ),
     "version 1": (gguf(1, 0, b""), ": GGUF version: got 1, expected 2 or 3 (little-endian); convert the model again"),
     "big-endian": (
         gguf(3 << 24, 0, b""),

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import httpx
 import pytest
-
-from hymoe.runtime.serve_cli import main
 from terminal import Terminal, command, ends_within, engine_of, is_running, run
 from tiny_model import TRAINED, write_model
+
+from hymoe.runtime.serve_cli import main
 
 pytestmark = pytest.mark.engine
 
@@ -78,14 +78,10 @@ def test_ctrl_c_on_a_terminal(llama_server: Path, tiny: Path, port: int) -> None
         terminal.expect("ready")
         terminal.type("\x03")
         assert terminal.wait() == 0
-        assert terminal.screen == (
-            f"loading {tiny}\nready: http://127.0.0.1:{port} (context {TRAINED})\n^Cstopping\n"
-        )
+        assert terminal.screen == (f"loading {tiny}\nready: http://127.0.0.1:{port} (context {TRAINED})\n^Cstopping\n")
 
 
-def test_a_key_from_the_environment(
-    llama_server: Path, tiny: Path, port: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_key_from_the_environment(llama_server: Path, tiny: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYMOE_API_KEY", "abc")
     with serving(tiny, port), httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
         assert client.get("/v1/models").status_code == 401
@@ -119,7 +115,7 @@ def test_a_taken_port_is_one_line(llama_server: Path, tiny: Path) -> None:
         done = run(command("hy-serve", tiny, "--port", port))
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
-        f"loading {tiny}\nerror: port {port}: got one that another program listens on, expected a free one; "
+        f"loading {tiny}\nerror: port {port}: got one in use by another program, expected a free one; "
         "give another with --port\n"
     )
 

@@ -14,6 +14,9 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from openai.types.chat import ChatCompletionMessageParam
+from terminal import ends_within, is_running
+from tiny_model import TRAINED, write_model
 
 from hymoe import console
 from hymoe.errors import ModelFileError, OutputError, ServerError
@@ -30,8 +33,6 @@ from hymoe.runtime.server import (
     context_size,
     serve,
 )
-from terminal import ends_within, is_running
-from tiny_model import TRAINED, write_model
 
 pytestmark = pytest.mark.engine
 
@@ -39,18 +40,19 @@ QUESTION = [{"role": "user", "content": "Say something."}]
 
 
 def openai_client(endpoint: Endpoint, key: str) -> openai.OpenAI:
-    return openai.OpenAI(
-        base_url=f"{endpoint.url}/v1", api_key=key, max_retries=0, http_client=httpx.Client(trust_env=False)
-    )
+    return openai.OpenAI(base_url=f"{endpoint.url}/v1", api_key=key, max_retries=0)
 
 
 def test_the_openai_client_streams_what_it_gets_at_once(endpoint: Endpoint) -> None:
+    question: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Say something."}]
     with openai_client(endpoint, endpoint.api_key or "") as client:
-        whole = client.chat.completions.create(model="any", messages=QUESTION, max_tokens=40)  # type: ignore[call-overload]
-        chunks = client.chat.completions.create(model="any", messages=QUESTION, max_tokens=40, stream=True)  # type: ignore[call-overload]
-        streamed = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+        create = client.chat.completions.create
+        whole = create(model="any", messages=question, max_tokens=40)
+        chunks = list(create(model="any", messages=question, max_tokens=40, stream=True))
+    streamed = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
     assert len([piece for piece in streamed if piece]) > 10
     assert "".join(streamed) == whole.choices[0].message.content
+    assert whole.usage is not None
     assert whole.usage.completion_tokens == 40
 
 
@@ -94,7 +96,7 @@ def test_leaving_stops_the_engine(llama_server: Path, tiny: Path) -> None:
 def test_an_engine_that_dies_is_told(llama_server: Path, tiny: Path) -> None:
     with Server(ServerOptions(tiny, port=0, threads=1)) as server:
         os.kill(server.pid, signal.SIGKILL)
-        with pytest.raises(ServerExitError, match="^the engine stopped while serving: killed by SIGKILL") as caught:
+        with pytest.raises(ServerExitError, match=r"^the engine stopped while serving: killed by SIGKILL") as caught:
             server.wait()
     assert caught.value.status == 128 + signal.SIGKILL
 
@@ -126,7 +128,7 @@ def test_a_taken_port(llama_server: Path, tiny: Path) -> None:
         with pytest.raises(ServerError) as caught, serve(ServerOptions(tiny, port=port)):
             pass
     assert str(caught.value) == (
-        f"port {port}: got one that another program listens on, expected a free one; give another with --port"
+        f"port {port}: got one in use by another program, expected a free one; give another with --port"
     )
 
 
@@ -142,7 +144,7 @@ def test_a_port_taken_after_the_look(llama_server: Path, tiny: Path, monkeypatch
         really = process.port_is_free
         monkeypatch.setattr(process, "port_is_free", lambda host, p: next(looks, None) or really(host, p))
         with (
-            pytest.raises(ServerError, match=f"^port {port}: got one that another program"),
+            pytest.raises(ServerError, match=f"^port {port}: got one in use by another"),
             serve(ServerOptions(tiny, port=port)),
         ):
             pass
@@ -180,7 +182,9 @@ def test_arguments_that_are_ours_to_give(tiny: Path, flag: str) -> None:
 
 def test_an_argument_the_engine_rejects(llama_server: Path, tiny: Path) -> None:
     with (
-        pytest.raises(ServerExitError, match="^the engine stopped while it was starting: exit status 1; its log says: "),
+        pytest.raises(
+            ServerExitError, match=r"^the engine stopped while it was starting: exit status 1; its log says: "
+        ),
         serve(ServerOptions(tiny, port=0, extra=("--no-such-flag",))),
     ):
         pass
@@ -249,8 +253,7 @@ def test_a_stubborn_child_is_killed(tmp_path: Path) -> None:
 def test_signals_become_exceptions_and_are_put_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(process.Terminated) as caught, process.signals_as_exceptions():
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(1)
+        signal.raise_signal(signal.SIGTERM)
     assert caught.value.code == 143
     assert signal.getsignal(signal.SIGTERM) == before
 
@@ -270,7 +273,7 @@ def test_other_threads_may_serve_too(llama_server: Path, tiny: Path) -> None:
 
 def test_log_lines_come_whole(tmp_path: Path) -> None:
     with process.Log(None) as log:
-        os.write(log.file.fileno(), "eins\nzw".encode())
+        os.write(log.file.fileno(), b"eins\nzw")
         assert log.new_lines() == ["eins"]
         os.write(log.file.fileno(), b"ei\n\xff\n\n")
         assert log.new_lines() == ["zwei", "\ufffd", ""]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from hymoe.errors import ServerError
 from hymoe.runtime.stream import ChatStream, EventDecoder, Piece, error_text
 
@@ -57,6 +58,11 @@ def test_events_of_several_lines_and_other_fields() -> None:
     assert list(EventDecoder().feed(raw)) == ["a\nb", " c"]
 
 
+def test_a_line_end_cut_in_two_is_one_line_end() -> None:
+    decoder = EventDecoder()
+    assert [data for byte in b"data: a\r\ndata: b\r\n\r\n" for data in decoder.feed(bytes([byte]))] == ["a\nb"]
+
+
 def test_bytes_that_are_no_utf8_do_not_stop_the_stream() -> None:
     stream = ChatStream()
     raw = b'data: {"choices": [{"delta": {"content": "a\xffb"}}]}\n\n'
@@ -67,13 +73,13 @@ def test_bytes_that_are_no_utf8_do_not_stop_the_stream() -> None:
 def test_an_error_in_the_stream() -> None:
     stream = ChatStream()
     raw = b'data: {"error": {"message": "the GPU is gone", "code": 500}}\n\n'
-    with pytest.raises(ServerError, match="^the server refused: the GPU is gone$"):
+    with pytest.raises(ServerError, match=r"^the server refused: the GPU is gone$"):
         pieces(stream, raw, 4)
 
 
 @pytest.mark.parametrize("data", ["<html>", "[1]", "null"])
 def test_no_chat_stream(data: str) -> None:
-    with pytest.raises(ServerError, match="the server's answer is no chat stream: got '.*', expected JSON; is this a"):
+    with pytest.raises(ServerError, match=r"the server's answer is no chat stream: got '.*', expected JSON; is this a"):
         pieces(ChatStream(), f"data: {data}\n\n".encode(), 100)
 
 
