@@ -270,7 +270,7 @@ class Streamed(Checkpoint):
         for piece in pieces:
             last = max((place[file] for file in _files(piece)), default=0)
             partner |= {file: max(last, partner.get(file, 0)) for file in _files(piece)}
-        queue = sorted(place, key=place.__getitem__)
+        queue = sorted(self._left, key=place.__getitem__)
         self._thread = Thread(target=self._fetch_all, args=(queue, place, partner), daemon=True)
         self._thread.start()
         return sorted(pieces, key=lambda piece: max((place[file] for file in _files(piece)), default=0))
