@@ -24,10 +24,13 @@ help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1 @/p' $(MAKEFILE_LIST) | awk -F@ '{printf "  make %-12s %s\n", $$1, $$2}'
 
 $(STAMP): pyproject.toml
+	@command -v "$(PYTHON)" >/dev/null || \
+	    { echo "error: no $(PYTHON); install it (Debian, Ubuntu: apt install python3 python3-venv), or name one that is there: make PYTHON=FILE" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "error: $(PYTHON) is older than 3.11; install a newer one and run make PYTHON=python3.11 …" >&2; exit 1; }
 	@echo "installing into $(VENV)" >&2
-	@$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV) || \
+	    { echo "error: $(PYTHON) cannot make $(VENV); on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
 	@touch $@
 
@@ -40,7 +43,7 @@ demo: setup ## the whole way with an embedded miniature: checkpoint, GGUF, answe
 	@mkdir -p $(DEMO)
 	@$(BIN)/python -m hymoe.convert.miniature $(DEMO)/Hunyuan-Miniature --overwrite >/dev/null
 	$(BIN)/hy-convert $(DEMO)/Hunyuan-Miniature $(DEMO)/Hunyuan-Miniature-BF16.gguf --overwrite
-	$(BIN)/hy-chat $(DEMO)/Hunyuan-Miniature-BF16.gguf --max-tokens 48 -p "What does the lamp at the end of the pier do?" --max-tokens 60
+	$(BIN)/hy-chat $(DEMO)/Hunyuan-Miniature-BF16.gguf -p "What does the lamp at the end of the pier do?" --max-tokens 60
 	@cat docs/next.txt
 
 test: setup ## the default tests: minutes, no GPU, no real weights
@@ -49,10 +52,10 @@ test: setup ## the default tests: minutes, no GPU, no real weights
 test-long: setup ## soaks, fuzzing and large files
 	$(BIN)/pytest -m long $(PYTEST_ARGS)
 
-test-stock: setup ## against an unpatched engine and llama.cpp's own converter (compiles a second engine)
+test-stock: setup ## against an unpatched engine and llama.cpp's own converter (compiles a second engine; torch, several hundred MB, goes into .venv-oracle)
 	$(BIN)/pytest -m stock $(PYTEST_ARGS)
 
-test-oracle: ## against transformers (torch goes into an environment of its own)
+test-oracle: ## against transformers (torch, several hundred MB, goes into .venv-oracle)
 	@$(MAKE) --no-print-directory setup VENV=$(VENV)-oracle EXTRAS=dev,oracle
 	$(VENV)-oracle/bin/pytest -m oracle $(PYTEST_ARGS)
 
@@ -67,7 +70,7 @@ check: env types ## lint, format and types of everything
 	$(BIN)/mypy --strict -p hymoe
 	MYPYPATH=tests $(BIN)/mypy --strict tests $(wildcard bench/*.py docs/*.py)
 
-bench: setup ## our converter and the stock one side by side
+bench: setup ## our converter and the stock one side by side (torch, several hundred MB, goes into .venv-oracle)
 	$(BIN)/python bench/convert.py
 
 docs: env ## write the --help texts into README.md and docs/commands.md

@@ -45,9 +45,7 @@ def install(sdists: Path) -> None:
         return
     sdist = source.fetch(sdists)
     console.status(f"installing {pin.PACKAGE} {pin.VERSION} (Python only)")
-    # cmake and ninja are in this environment: found on the PATH, pip does not fetch them again
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    environment = {**os.environ, "CMAKE_ARGS": "-DLLAMA_BUILD=OFF", "PATH": path}
+    environment = {**os.environ, "CMAKE_ARGS": "-DLLAMA_BUILD=OFF"}
     command = [
         sys.executable,
         "-m",
@@ -56,6 +54,8 @@ def install(sdists: Path) -> None:
         "--quiet",
         "--disable-pip-version-check",
         "--no-input",
+        # what the sdist builds with is among our dependencies: nothing is fetched that nobody pinned
+        "--no-build-isolation",
         str(sdist),
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)

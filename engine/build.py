@@ -19,7 +19,10 @@ from hymoe.engine.installed import MANIFEST, Engine, engine_root, host, manifest
 from hymoe.errors import EngineError
 
 KEY_DIGITS: Final = 20
-FLAG_VARIABLES: Final = ("CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "CUDAFLAGS", "CUDAARCHS")
+FLAG_VARIABLES: Final = (
+    *("CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS"),
+    *("CUDACXX", "CUDAHOSTCXX", "CUDAFLAGS", "CUDAARCHS", "VULKAN_SDK"),
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class Recipe:
     backend: str
     compilers: tuple[tuple[str, str], ...]  # path and version
     macros: str
+    host: str  # host(), which `find` asks for
+    tools: tuple[tuple[str, str], ...]  # toolchain.backend_tools()
 
     @property
     def key(self) -> str:
@@ -64,15 +69,12 @@ def build(options: BuildOptions) -> Engine:
     if options.jobs is not None and options.jobs < 1:
         raise EngineError("--jobs", got=options.jobs, expected="1 or more")
     compiler = toolchain.find_compiler()
-    backend = toolchain.choose_backend(options.backend)
-    recipe = recipe_for(backend, compiler, stock=options.stock)
-    entry = engine_root() / recipe.key
-    begun = time.time_ns()
-    if options.force or not manifest_of(entry):
-        toolchain.check_room(engine_root(), backend)
-        with _alone(engine_root() / "lock"):
-            if not _made_since(entry, begun if options.force else 0):
-                _make(recipe, compiler, entry, options)
+    try:
+        entry = _chosen(compiler, options)
+    except cmake.CompileError as exc:
+        for line in exc.details:
+            console.status(f"  {line}")
+        raise
     os.utime(entry / MANIFEST)  # `find` takes the engine that was asked for last
     engine = Engine(entry / "bin", manifest_of(entry) or {})
     if options.bindings and not options.stock:
@@ -80,6 +82,38 @@ def build(options: BuildOptions) -> Engine:
 
         bindings.install(engine_root() / "sdist")
     return engine
+
+
+def _chosen(compiler: toolchain.Compiler, options: BuildOptions) -> Path:
+    """Give the folder of the build asked for; where auto finds a backend that does not build, of the processor's."""
+    recipe = recipe_for(toolchain.choose_backend(options.backend), compiler, stock=options.stock)
+    if options.backend != "auto" or recipe.backend == "cpu":
+        return _made(recipe, compiler, options)
+    # `make test` builds as well: it must not spend minutes on the same failure each time
+    reason = "as before"
+    if options.force or not _unfit(recipe).exists():
+        try:
+            return _made(recipe, compiler, options)
+        except cmake.CompileError as exc:
+            _unfit(recipe).touch()
+            reason = exc.reason
+    console.warn(
+        f"{recipe.backend} does not build here ({reason}; the log is {_log(recipe)}): "
+        f"building for the processor alone; `hy-engine build --backend {recipe.backend}` tries again"
+    )
+    return _made(recipe_for("cpu", compiler, stock=options.stock), compiler, options)
+
+
+def _made(recipe: Recipe, compiler: toolchain.Compiler, options: BuildOptions) -> Path:
+    """Give the recipe's folder in the cache, made where it is not there yet."""
+    entry = engine_root() / recipe.key
+    begun = time.time_ns()
+    if options.force or not manifest_of(entry):
+        toolchain.check_room(engine_root(), recipe.backend)
+        with _alone(engine_root() / "lock"):
+            if not _made_since(entry, begun if options.force else 0):
+                _make(recipe, compiler, entry, options)
+    return entry
 
 
 def recipe_for(backend: str, compiler: toolchain.Compiler, *, stock: bool = False) -> Recipe:
@@ -91,7 +125,18 @@ def recipe_for(backend: str, compiler: toolchain.Compiler, *, stock: bool = Fals
         backend=backend,
         compilers=((str(compiler.cxx), compiler.version), (str(compiler.cc), compiler.cc_version)),
         macros=compiler.macros,
+        host=host(),
+        tools=toolchain.backend_tools(backend),
     )
+
+
+def _log(recipe: Recipe) -> Path:
+    return engine_root() / "logs" / f"{recipe.key}.log"
+
+
+def _unfit(recipe: Recipe) -> Path:
+    """The mark of a recipe that auto has tried in vain."""
+    return _log(recipe).with_suffix(".unfit")
 
 
 def _made_since(entry: Path, moment: int) -> bool:
@@ -119,7 +164,6 @@ def _alone(path: Path) -> Iterator[None]:
 def _make(recipe: Recipe, compiler: toolchain.Compiler, entry: Path, options: BuildOptions) -> None:
     # One place for every build: compiler caches recognise sources by path, and the lock keeps builds apart.
     scratch = engine_root() / "scratch"
-    log = engine_root() / "logs" / f"{recipe.key}.log"
     jobs = options.jobs or toolchain.default_jobs()
     sdist = source.fetch(engine_root() / "sdist")
     shutil.rmtree(scratch, ignore_errors=True)
@@ -127,15 +171,14 @@ def _make(recipe: Recipe, compiler: toolchain.Compiler, entry: Path, options: Bu
         source.extract(sdist, scratch / "source")
         patches.apply(scratch / "source", stock=options.stock)
         manifest = _manifest(recipe, compiler, stock=options.stock)
-        compilers = [f"-DCMAKE_CXX_COMPILER={compiler.cxx}", f"-DCMAKE_C_COMPILER={compiler.cc}"]
         begun = time.monotonic()
         cmake.compile_tree(
             scratch / "source",
             scratch / "build",
-            arguments=[*compilers, *recipe.flags],
+            arguments=[*compiler.arguments, *recipe.flags],
             targets=cmake.TARGETS,
             jobs=jobs,
-            log=log,
+            log=_log(recipe),
             label=f"building the engine ({recipe.backend}, {jobs} {'job' if jobs == 1 else 'jobs'})",
         )
         seconds = round(time.monotonic() - begun)
@@ -145,6 +188,7 @@ def _make(recipe: Recipe, compiler: toolchain.Compiler, entry: Path, options: Bu
         console.status("trying the engine on a tiny model")
         smoke.run(Engine(scratch / "bin", {}), scratch)
         _install(scratch / "bin", entry, manifest | {"build_seconds": seconds})
+        _unfit(recipe).unlink(missing_ok=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -163,7 +207,8 @@ def _manifest(recipe: Recipe, compiler: toolchain.Compiler, *, stock: bool) -> d
         "compiler": {"path": str(compiler.cxx), "version": compiler.version},
         "c_compiler": {"path": str(compiler.cc), "version": compiler.cc_version},
         "instruction_set": {"names": list(compiler.isa), "macros_sha256": compiler.macros},
-        "host": host(),
+        "host": recipe.host,
+        "backend_tools": dict(recipe.tools),
         "built": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 

@@ -60,6 +60,15 @@ _STEP = re.compile(r"^\[(\d+)/(\d+)\] ")
 _ERROR = re.compile(r"\berror: |^CMake Error|undefined reference|^ninja: (?!Entering)|No space left|\bfatal +: ")
 
 
+class CompileError(EngineError):
+    """CMake or a compiler gave up. `details` are its error lines but the first, which the message has."""
+
+    def __init__(self, reason: str, details: Sequence[str], log: Path) -> None:
+        super().__init__("the engine could not be built", got=reason, fix=f"the full log is {log}")
+        self.reason = reason
+        self.details = details
+
+
 def flags(backend: str) -> list[str]:
     """Give CMake's arguments for a backend, with those that HYMOE_CMAKE_ARGS adds."""
     table = _COMMON | _BACKEND[backend]
@@ -71,7 +80,7 @@ def compile_tree(
 ) -> None:
     """Configure `source` into `build` and make `targets`, with a progress line; everything said goes to `log`.
 
-    Raises EngineError with the first error line and the log's path.
+    Raises CompileError with the error lines and the log's path.
     """
     import cmake
     import ninja
@@ -163,7 +172,4 @@ def _explain(log: Path, begun: int, status: int) -> None:
     with log.open(encoding="utf-8", errors="replace") as text:
         text.seek(begun)
         lines = error_lines(text.read())
-    for line in lines[1:]:
-        console.status(f"  {line}")
-    reason = lines[0] if lines else f"exit status {status}"
-    raise EngineError("the engine could not be built", got=reason, fix=f"the full log is {log}")
+    raise CompileError(lines[0] if lines else f"exit status {status}", lines[1:], log)

@@ -17,7 +17,7 @@ from hymoe.errors import EngineError
 
 SDIST_VARIABLE: Final = "HYMOE_SDIST"
 
-# The rest of the tree (vocabularies, documentation, tests, converters) is four fifths of its size.
+# The rest of the tree (vocabularies, documentation, tests, converters) is three quarters of its size.
 NEEDED: Final = frozenset(
     {"CMakeLists.txt", "LICENSE", "cmake", "common", "ggml", "include", "scripts", "src", "tools", "vendor"}
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -16,6 +17,13 @@ from hymoe import console
 from hymoe.errors import EngineError
 
 BACKENDS: Final = ("cpu", "cuda", "vulkan")
+
+# What a backend's part of a build depends on, by command: the shader or GPU compiler, the GPUs it compiles for.
+BACKEND_TOOLS: Final = {
+    "cpu": (),
+    "cuda": (("nvcc", "--version"), ("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")),
+    "vulkan": (("glslc", "--version"),),
+}
 CXX_NAMES: Final = ("c++", "g++", "clang++")
 CC_NAMES: Final = ("cc", "gcc", "clang")
 GET_COMPILER: Final = (
@@ -51,6 +59,7 @@ class Compiler:
 
     cxx, cc: the executables. version, cc_version: the first line of each about itself. isa: the instruction sets
     they build for here, by name. macros: hash of everything that `-march=native` sets, the exact form of `isa`.
+    cxx_launcher, cc_launcher: the programs to run them through, as ccache.
     """
 
     cxx: Path
@@ -59,20 +68,34 @@ class Compiler:
     cc_version: str
     isa: tuple[str, ...]
     macros: str
+    cxx_launcher: tuple[Path, ...] = ()
+    cc_launcher: tuple[Path, ...] = ()
+
+    @property
+    def arguments(self) -> list[str]:
+        """Tell CMake which compilers to take."""
+        languages = (("CXX", self.cxx, self.cxx_launcher), ("C", self.cc, self.cc_launcher))
+        given = [f"-DCMAKE_{language}_COMPILER={compiler}" for language, compiler, _ in languages]
+        return given + [
+            f"-DCMAKE_{language}_COMPILER_LAUNCHER={';'.join(map(str, launcher))}"
+            for language, _, launcher in languages
+            if launcher
+        ]
 
 
 def find_compiler() -> Compiler:
     """Find the C++ compiler that CXX names, or c++, g++ or clang++, and a C compiler (CC; cc, gcc, clang).
 
+    CXX and CC may put launchers in front, as in `ccache g++`.
     Raises EngineError with the remedy where there is none, or where it does not work.
     """
-    cxx = _program("C++ compiler", "CXX", CXX_NAMES)
-    cc = _program("C compiler", "CC", CC_NAMES)
+    *cxx_launcher, cxx = _programs("C++ compiler", "CXX", CXX_NAMES)
+    *cc_launcher, cc = _programs("C compiler", "CC", CC_NAMES)
     macros = _native_macros(cxx)
     defined = set(re.findall(r"^#define (\S+)", macros, re.MULTILINE))
     isa = tuple(name for macro, name in INSTRUCTION_SETS.items() if macro in defined)
     digest = hashlib.sha256(macros.encode()).hexdigest()
-    return Compiler(cxx, _version(cxx), cc, _version(cc), isa, digest)
+    return Compiler(cxx, _version(cxx), cc, _version(cc), isa, digest, tuple(cxx_launcher), tuple(cc_launcher))
 
 
 def choose_backend(wanted: str) -> str:
@@ -98,6 +121,12 @@ def choose_backend(wanted: str) -> str:
             fix="install it or take --backend cpu",
         )
     return wanted
+
+
+def backend_tools(backend: str) -> tuple[tuple[str, str], ...]:
+    """Say what the tools of a backend tell about themselves and the GPUs: pairs of command and sorted lines."""
+    asked = [(command, _output(list(command))) for command in BACKEND_TOOLS[backend]]
+    return tuple((" ".join(command), "\n".join(sorted(set((said or "").splitlines())))) for command, said in asked)
 
 
 def check_room(folder: Path, backend: str) -> None:
@@ -132,13 +161,23 @@ def default_jobs() -> int:
     return max(1, min(processors, by_memory))
 
 
-def _program(what: str, variable: str, names: Sequence[str]) -> Path:
+def _programs(what: str, variable: str, names: Sequence[str]) -> list[Path]:
+    """Give the compiler, and in front of it the launchers that the variable names."""
     given = os.environ.get(variable)
-    for name in [given] if given else names:
-        if found := shutil.which(name):
-            return Path(found)
+    for words in ([given], _words(given)) if given else [[name] for name in names]:
+        found = [Path(program) for word in words if (program := shutil.which(word))]
+        if found and len(found) == len(words):
+            return found
     got = f"{variable}={given}, which is no program" if given else f"none of {', '.join(names)} on the PATH"
-    raise EngineError(f"no {what}", got=got, fix=f"unset {variable} or correct it" if given else GET_COMPILER)
+    fix = f"unset {variable} or correct it (flags go into CXXFLAGS and CFLAGS)" if given else GET_COMPILER
+    raise EngineError(f"no {what}", got=got, fix=fix)
+
+
+def _words(given: str) -> list[str]:
+    try:
+        return shlex.split(given)
+    except ValueError:  # a quotation mark that is not closed
+        return []
 
 
 def _version(compiler: Path) -> str:
@@ -167,10 +206,14 @@ def _ask(compiler: Path, *arguments: str) -> str:
 
 
 def _lists_a_gpu(command: list[str], pattern: str) -> bool:
-    if not shutil.which(command[0]):
-        return False
+    said = _output(command)
+    return said is not None and re.search(pattern, said, re.MULTILINE) is not None
+
+
+def _output(command: list[str]) -> str | None:
+    """Run a command that may be missing, hang or fail; None where it does."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
-        return False
-    return done.returncode == 0 and re.search(pattern, done.stdout, re.MULTILINE) is not None
+        return None
+    return None if done.returncode else done.stdout

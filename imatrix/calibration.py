@@ -1,6 +1,6 @@
 """The calibration texts: our own prose, code, mathematics and dialogue in English and Chinese.
 
-The files lie beside this module in `calibration/`; `manifest.json` there says what each one is, where it
+The files lie beside this module in `texts/`; `manifest.json` there says what each one is, where it
 comes from and under which licence. Importance is collected on them, and the vocabulary of the embedded
 miniature is trained on them.
 """
@@ -29,7 +29,7 @@ class Text:
 
 def texts() -> Iterator[Text]:
     """Give every text in the order of the manifest."""
-    folder = files("hymoe.imatrix") / "calibration"
+    folder = files("hymoe.imatrix") / "texts"
     for entry in json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["texts"]:
         # Bytes, not text mode: a line ending must not depend on the platform.
         yield Text(content=(folder / entry["file"]).read_bytes().decode("utf-8"), **entry)

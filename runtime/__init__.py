@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from hymoe.runtime.endpoint import Endpoint
 from hymoe.runtime.header import Header, peek
-from hymoe.runtime.server import Endpoint, Server, ServerOptions, serve
+from hymoe.runtime.server import Server, ServerOptions, serve
 
 __all__ = ["Endpoint", "Header", "Server", "ServerOptions", "peek", "serve"]

@@ -38,7 +38,7 @@ def chat(
     A private server is started for the length of the conversation, on a free port and with a random key, because
     any page in a browser could talk to an open one.
     """
-    from hymoe.runtime.client import endpoint_from_url
+    from hymoe.runtime.endpoint import endpoint_from_url
     from hymoe.runtime.server import ServerExitError, ServerOptions
     from hymoe.runtime.session import ChatOptions, attached, private, read_prompt
     from hymoe.runtime.supervise import show_exit

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
 
 from hymoe.errors import ServerError
-from hymoe.runtime.server import Endpoint
+from hymoe.runtime.endpoint import Endpoint, is_loopback
 from hymoe.runtime.stream import ChatStream, Piece, error_text
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 Message = Mapping[str, str]
 
 CONNECT_SECONDS = 10.0
-LOOPBACK = ("localhost", "127.", "::1")
 
 
 class Client:
@@ -39,7 +38,7 @@ class Client:
             # A fresh connection for each question: the server closes idle ones, and may do so as we write.
             limits=httpx.Limits(max_keepalive_connections=0),
             # A proxy from the environment must not come between us and our own machine.
-            trust_env=not host.startswith(LOOPBACK),
+            trust_env=not is_loopback(host),
         )
 
     def __enter__(self) -> Self:
@@ -91,16 +90,3 @@ class Client:
                 expected="a chat answer",
                 fix="is it a llama-server?",
             )
-
-
-def endpoint_from_url(url: str, api_key: str | None) -> Endpoint:
-    """Accept what people paste: without a scheme, with a slash or /v1 at the end. Raises ServerError for no URL."""
-    full = url if "://" in url else f"http://{url}"
-    try:
-        parts = urlsplit(full)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
-    except ValueError:
-        usable = False
-    if not usable:
-        raise ServerError("--url", got=url, expected="something like http://127.0.0.1:8080")
-    return Endpoint(full.rstrip("/").removesuffix("/v1").rstrip("/"), api_key)

@@ -21,6 +21,10 @@ Scalar = int | float | bool | str
 ARCHITECTURES = ("hunyuan-moe",)
 VERSIONS = (2, 3)
 
+# Keys are no longer by specification; no text of a real model comes near its limit. Arrays, which are not copied, may.
+MAX_KEY_BYTES = 2**16 - 1
+MAX_TEXT_BYTES = 64 << 20  # all keys and strings together
+
 _STRING, _ARRAY = 8, 9
 _U32, _U64 = Struct("<I"), Struct("<Q")
 # GGUF value type -> how it is stored. 8 and 9 are strings and arrays.
@@ -44,20 +48,12 @@ class Header:
     """What the head of a GGUF says; `scalars` holds every key whose value is no array."""
 
     path: Path
-    version: int
-    size: int  # bytes of this file
-    n_tensors: int
     scalars: Mapping[str, Scalar]
 
     @property
     def architecture(self) -> str:
         """Give `general.architecture`, "" where it is missing."""
         return self._text("general.architecture")
-
-    @property
-    def name(self) -> str:
-        """Give `general.name`, or the file's name without its suffix."""
-        return self._text("general.name") or self.path.stem
 
     @property
     def context_length(self) -> int | None:
@@ -130,6 +126,7 @@ class _Reader:
         self.data = data
         self.size = size
         self.at = 0
+        self.n_text = 0  # bytes of text read so far
         self.where = "the header"
 
     def header(self) -> Header:
@@ -151,21 +148,21 @@ class _Reader:
                 expected=" or ".join(map(str, VERSIONS)) + " (little-endian)",
                 fix="convert the model again",
             )
-        n_tensors, n_kv = int(self._scalar(_U64)), int(self._scalar(_U64))
+        _n_tensors, n_kv = int(self._scalar(_U64)), int(self._scalar(_U64))
         scalars: dict[str, Scalar] = {}
         for index in range(n_kv):
             self.where = f"metadata entry {index + 1} of {n_kv}"
-            key = self._string()
-            self.where = key
+            key = self._string(MAX_KEY_BYTES)
+            self.where = key[:80]
             value = self._value(int(self._scalar(_U32)))
             if value is not None:
                 scalars[key] = value
-        return Header(self.path, version, self.size, n_tensors, MappingProxyType(scalars))
+        return Header(self.path, MappingProxyType(scalars))
 
     def _value(self, kind: int) -> Scalar | None:
         """Read a value; an array is stepped over and gives None."""
         if kind == _STRING:
-            return self._string()
+            return self._string(MAX_TEXT_BYTES)
         if kind == _ARRAY:
             self._skip_array()
             return None
@@ -179,9 +176,13 @@ class _Reader:
         self.at += form.size
         return value
 
-    def _string(self) -> str:
+    def _string(self, limit: int) -> str:
         length = int(self._scalar(_U64))
         self._require(length)
+        limit = min(limit, MAX_TEXT_BYTES - self.n_text)
+        if length > limit:
+            raise self._malformed(f"a text of {length} bytes", f"at most {limit}")
+        self.n_text += length
         raw = self.data[self.at : self.at + length]
         self.at += length
         try:

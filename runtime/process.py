@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import signal
 import socket
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import BinaryIO, NoReturn, Self
@@ -27,6 +28,7 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 STOP_SECONDS = 10.0
 TAIL_BYTES = 8192
 WAKE_SECONDS = 0.5
+LOG_BYTES = 4 << 20  # of a log without a name
 
 
 class Terminated(SystemExit):
@@ -134,28 +136,35 @@ def _raise_terminated(number: int, _frame: FrameType | None) -> NoReturn:
 
 
 class Log:
-    """What the child writes: a file of the user's choice, or one without a name that leaves nothing behind."""
+    """What the child writes: a file of the user's choice, or one without a name that leaves nothing behind.
+
+    The latter starts over when `new_lines` has read more than LOG_BYTES of it.
+    """
 
     def __init__(self, path: Path | None) -> None:
         try:
-            self.file: BinaryIO = path.open("a+b") if path else tempfile.TemporaryFile()  # noqa: SIM115
+            self.file: BinaryIO = path.open("a+b") if path else _unnamed()
         except OSError as exc:
             raise OutputError(f"{path or 'temporary file'}: cannot write the log", got=exc.strerror or exc) from exc
+        self._starts_over = path is None
         self._begin = self._read = self._size()
-        self._rest = b""
+        self._rest = self._before = b""
 
     def new_lines(self) -> list[str]:
         """Give the complete lines written since the last call."""
         chunk = os.pread(self.file.fileno(), max(self._size() - self._read, 0), self._read)
         self._read += len(chunk)
+        if self._starts_over and self._read > LOG_BYTES:
+            # What the child writes between the two calls is lost: a few lines in millions.
+            self._before = self._end()
+            os.ftruncate(self.file.fileno(), 0)
+            self._read = 0
         *lines, self._rest = (self._rest + chunk).split(b"\n")
         return [line.decode("utf-8", "replace") for line in lines]
 
     def tail(self, n_lines: int) -> list[str]:
         """Give the last lines that are not blank."""
-        size = self._size()
-        start = max(self._begin, size - TAIL_BYTES)
-        text = os.pread(self.file.fileno(), size - start, start).decode("utf-8", "replace")
+        text = self._end().decode("utf-8", "replace")
         return [line.rstrip() for line in text.splitlines() if line.strip()][-n_lines:]
 
     def __enter__(self) -> Self:
@@ -173,39 +182,64 @@ class Log:
     def _size(self) -> int:
         return os.fstat(self.file.fileno()).st_size
 
+    def _end(self) -> bytes:
+        size = self._size()
+        start = max(self._begin, size - TAIL_BYTES)
+        return (self._before + os.pread(self.file.fileno(), size - start, start))[-TAIL_BYTES:]
+
+
+def _unnamed() -> BinaryIO:
+    file: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115 - its log closes it
+    # Who appends writes at the new end after a truncation, and not where it was.
+    fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) | os.O_APPEND)
+    return file
+
 
 def port_is_free(host: str, port: int) -> bool:
     """Whether a server could listen there now. Raises ServerError for an address that this machine cannot listen on."""
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except OSError as exc:
-        raise ServerError(
-            f"host {host}: {exc.strerror or exc}", fix="give an address of this machine with --host"
-        ) from exc
-    with socket.socket(family, kind, proto) as probe:
-        # As the engine's own socket: connections of a server that just ended do not hold the port.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(address)
-            probe.listen(1)
-        except PermissionError as exc:
-            raise ServerError(
-                f"port {port}: not permitted", expected="1024 or more", fix="give another with --port"
-            ) from exc
-        except OSError as exc:
-            if exc.errno == errno.EADDRNOTAVAIL:
-                raise ServerError(
-                    f"host {host}: no address of this machine", fix="leave out --host, or give 0.0.0.0 for all"
-                ) from exc
-            return False
-    return True
+    probe = _listen(host, port)
+    if probe is not None:
+        probe.close()
+    return probe is not None
 
 
 def free_port(host: str) -> int:
-    """Give a port that is free now; somebody else may still take it first."""
-    with socket.create_server((host, 0)) as probe:
+    """Give a port that is free now; somebody else may still take it first. Raises ServerError as `port_is_free`."""
+    probe = _listen(host, 0)
+    if probe is None:
+        raise ServerError(f"host {host}: no free port", fix="give one with --port")
+    with probe:
         port: int = probe.getsockname()[1]
         return port
+
+
+def _listen(host: str, port: int) -> socket.socket | None:
+    """Listen there; None where that cannot be now."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError) as exc:
+        # UnicodeError: what no name server need be asked about, "a..b".
+        reason = (exc.strerror or exc) if isinstance(exc, OSError) else "no name of a host"
+        raise ServerError(f"host {host}: {reason}", fix="give an address of this machine with --host") from exc
+    try:
+        with ExitStack() as undo:
+            probe = undo.enter_context(socket.socket(family, kind, proto))
+            # As the engine's own socket: connections of a server that just ended do not hold the port.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            probe.listen(1)
+            undo.pop_all()
+            return probe
+    except PermissionError as exc:
+        raise ServerError(
+            f"port {port}: not permitted", expected="1024 or more", fix="give another with --port"
+        ) from exc
+    except OSError as exc:
+        if exc.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+            raise ServerError(
+                f"host {host}: no address of this machine", fix="leave out --host, or give 0.0.0.0 for all"
+            ) from exc
+        return None
 
 
 def owns_port(pid: int, port: int) -> bool:

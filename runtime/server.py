@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Self
 from hymoe import console
 from hymoe.errors import ServerError
 from hymoe.runtime import process
+from hymoe.runtime.endpoint import Endpoint, check_api_key
 from hymoe.runtime.header import Header, peek
 
 if TYPE_CHECKING:
@@ -29,7 +30,13 @@ PORT_ATTEMPTS = 3
 
 # llama-server flag -> what to do instead. These are given by us, or would make wrong answers.
 OWNED_FLAGS = {
-    **dict.fromkeys(("-m", "--model"), "give the model as the first argument"),
+    **dict.fromkeys(
+        (
+            *("-m", "--model", "-mu", "--model-url", "-dr", "--docker-repo"),
+            *("-hf", "-hfr", "--hf-repo", "-hff", "--hf-file"),
+        ),
+        "give the model, a file, as the first argument",
+    ),
     "--host": "give --host before the --",
     "--port": "give --port before the --",
     **dict.fromkeys(("-c", "--ctx-size"), "give --ctx before the --"),
@@ -38,6 +45,10 @@ OWNED_FLAGS = {
     "--api-prefix": "put a proxy in front to serve under a path",
     "--context-shift": "moved keys give wrong answers: this family's attention depends on absolute positions",
     "--cache-reuse": "moved keys give wrong answers: this family's attention depends on absolute positions",
+    **dict.fromkeys(
+        ("-h", "--help", "--usage", "--version", "--list-devices", "-cl", "--cache-list", "--completion-bash"),
+        "it serves nothing; give it to the llama-server in the folder that `hy-engine path` prints",
+    ),
 }
 # The engine reads its options from these as well; what it runs must be what the command line says.
 IGNORED_VARIABLES = ("LLAMA_ARG_", "AIP_")
@@ -55,14 +66,6 @@ class ServerOptions:
     api_key: str | None = None
     extra: tuple[str, ...] = ()  # further llama-server arguments
     log: Path | None = None  # the engine's output is appended here
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """Where a server answers: `url` has no path and no trailing slash."""
-
-    url: str
-    api_key: str | None = None
 
 
 class ServerExitError(ServerError):
@@ -92,6 +95,7 @@ class Server:
         self.options = options
         self.endpoint = Endpoint("")
         self.n_ctx = 0
+        self.needs_key = True  # whether clients must send a key; False when the engine answers without one
         self._process: subprocess.Popen[bytes] | None = None
         self._log: process.Log | None = None
 
@@ -99,6 +103,7 @@ class Server:
         from hymoe import engine
 
         check_flags(self.options.extra)
+        check_api_key(self.options.api_key)
         header = peek(self.options.model)
         tool = engine.find().tool("llama-server")
         self.n_ctx = context_size(self.options.ctx, header)
@@ -113,11 +118,6 @@ class Server:
         self, _type: type[BaseException] | None, _value: BaseException | None, _trace: TracebackType | None
     ) -> None:
         self.stop()
-
-    @property
-    def pid(self) -> int:
-        """Give the engine's process id."""
-        return self._running().pid
 
     def check(self) -> None:
         """Pass on what the engine logged with -v; raises ServerExitError where it has ended."""
@@ -166,7 +166,6 @@ class Server:
     def _with_port(self) -> ServerOptions:
         options = self.options
         if not options.port:
-            process.port_is_free(options.host, 0)  # says what is wrong with the host
             return replace(options, port=process.free_port(options.host))
         if not process.port_is_free(options.host, options.port):
             raise _port_taken(options.port)
@@ -192,12 +191,17 @@ class Server:
         running = self._running()
         returncode = running.poll()
         if returncode is not None:
-            raise self._exit_error("while it was starting", returncode)
+            error = self._exit_error("while it was starting", returncode)
+            error.status = error.status or 1  # what never served has not succeeded
+            raise error
         try:
-            answer = client.get("/health")
+            if client.get("/health").status_code != httpx.codes.OK or not process.owns_port(running.pid, port):
+                return False
+            # Asked, not deduced: keys also come from a file (--api-key-file), which may hold none.
+            self.needs_key = bool(self.options.api_key) or client.get("/v1/models").status_code != httpx.codes.OK
         except httpx.TransportError:
             return False
-        return answer.status_code == httpx.codes.OK and process.owns_port(running.pid, port)
+        return True
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None:
@@ -216,7 +220,9 @@ class Server:
 def check_flags(extra: tuple[str, ...]) -> None:
     """Refuse llama-server arguments that are ours to give. Raises ServerError naming the first."""
     for argument in extra:
+        # The engine reads --api_key as --api-key.
         flag = argument.split("=", 1)[0]
+        flag = flag.replace("_", "-") if flag.startswith("--") else flag
         if flag in OWNED_FLAGS:
             raise ServerError(f"llama-server argument {flag}: not accepted", fix=OWNED_FLAGS[flag])
 
@@ -246,6 +252,8 @@ def command_line(tool: Path, header: Header, options: ServerOptions, n_ctx: int)
     command += ["--host", options.host, "--port", str(options.port), "--ctx-size", str(n_ctx)]
     # The vendor's default is to think first; the engine, which sees no thinking in the template, would forbid it.
     command += ["--no-context-shift", "--jinja", "--reasoning", "on"]
+    # No --cors-origins: a page opened as a file, as mikupad is, sends `Origin: null`, and "localhost" shuts it out.
+    # Any UI can talk to us without flags, so any page can; a key is what keeps strangers out, and hy-serve says so.
     if options.threads is not None:
         command += ["--threads", str(options.threads)]
     if header.chat_template is None:

@@ -11,8 +11,9 @@ from hymoe import console
 from hymoe.errors import HyError
 from hymoe.runtime.chat import Chat, repl
 from hymoe.runtime.client import Client
+from hymoe.runtime.endpoint import Endpoint
 from hymoe.runtime.process import signals_as_exceptions
-from hymoe.runtime.server import Endpoint, Server, ServerOptions
+from hymoe.runtime.server import Server, ServerOptions
 
 # A connection breaks a moment before its process can be seen to have ended.
 REAP_SECONDS = 1.0
@@ -60,6 +61,10 @@ def read_prompt(source: BinaryIO) -> str:
 
 
 def _talk(client: Client, options: ChatOptions) -> None:
+    for flag, text in (("--prompt", options.prompt), ("--system", options.system)):
+        # Python hands on an argument's bytes that are no UTF-8 as surrogates, which no JSON can carry.
+        if text and any("\ud800" <= character <= "\udfff" for character in text):
+            raise HyError(flag, got="bytes that are no UTF-8", expected="UTF-8 text")
     chat = Chat(client, system=options.system, max_tokens=options.max_tokens)
     if options.prompt is None:
         repl(chat)

@@ -10,9 +10,11 @@ import codecs
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 from hymoe.errors import ServerError
+
+T = TypeVar("T", dict[str, object], list[object], str)
 
 
 @dataclass(frozen=True)
@@ -66,19 +68,33 @@ class ChatStream:
             if data == "[DONE]":
                 self.finished = True
                 return
-            yield from self._pieces(_parse(data))
+            try:
+                pieces = self._pieces(json.loads(data))
+            except (ValueError, TypeError, RecursionError) as exc:
+                raise ServerError(
+                    "the server's answer is no chat stream",
+                    got=repr(data[:60]),
+                    expected="a chat completion chunk",
+                    fix="is this a llama-server?",
+                ) from exc
+            yield from pieces
 
-    def _pieces(self, event: dict[str, Any]) -> Iterator[Piece]:
-        if "error" in event:
+    def _pieces(self, event: object) -> list[Piece]:
+        """Give the pieces of one event. Raises ServerError for an error, TypeError where a type is another."""
+        if isinstance(event, dict) and event.get("error") is not None:
             raise ServerError(error_text(event))
-        self.timings |= event.get("timings") or {}
+        timings = _field(event, "timings", dict)
+        # A number beyond these bounds (or NaN) tells nobody anything, and cannot always be printed.
+        self.timings |= {key: n for key, n in timings.items() if isinstance(n, int | float) and 0 <= n < 1e15}
+        pieces = []
         # The chunk that carries only usage has no choices.
-        for choice in event.get("choices") or []:
-            delta = choice.get("delta") or {}
-            for key, kind in _DELTA_KINDS.items():
-                if delta.get(key):
-                    yield Piece(kind, delta[key])
-            self.reason = choice.get("finish_reason") or self.reason
+        for choice in _field(event, "choices", list):
+            delta = _field(choice, "delta", dict)
+            texts = {kind: _field(delta, key, str) for key, kind in _DELTA_KINDS.items()}
+            # JSON can hold half of a surrogate pair, which nothing can print.
+            pieces += [Piece(kind, text.encode("utf-8", "replace").decode()) for kind, text in texts.items() if text]
+            self.reason = _field(choice, "finish_reason", str) or self.reason
+        return pieces
 
 
 def error_text(body: object) -> str:
@@ -94,13 +110,13 @@ def error_text(body: object) -> str:
     return f"the server refused: {error.get('message') or error}"
 
 
-def _parse(data: str) -> dict[str, Any]:
-    try:
-        event = json.loads(data)
-    except ValueError:
-        event = None
-    if not isinstance(event, dict):
-        raise ServerError(
-            "the server's answer is no chat stream", got=repr(data[:60]), expected="JSON", fix="is this a llama-server?"
-        )
-    return event
+def _field(body: object, key: str, kind: type[T]) -> T:
+    """Give `body[key]`, empty where it is missing or null. Raises TypeError where it or `body` is of another type."""
+    if not isinstance(body, dict):
+        raise TypeError(f"{body!r} is no object")
+    value = body.get(key)
+    if value is None:
+        return kind()
+    if not isinstance(value, kind):
+        raise TypeError(f"{key} is {value!r}")
+    return value

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from hymoe import console
+from hymoe.runtime.endpoint import is_loopback
 from hymoe.runtime.process import Terminated, signals_as_exceptions
 from hymoe.runtime.server import DEFAULT_CTX, Server, ServerExitError, ServerOptions
-
-LOOPBACK = ("127.", "localhost", "::1")
 
 
 def supervise(options: ServerOptions) -> int:
@@ -31,16 +30,23 @@ def show_exit(exc: ServerExitError) -> None:
 
 
 def _serve(options: ServerOptions) -> int:
-    if not options.api_key and not options.host.startswith(LOOPBACK):
-        console.warn(f"everybody who reaches {options.host} can use this server; HYMOE_API_KEY sets a key")
     console.status(f"loading {options.model}")
     with Server(options) as server:
         try:
+            if not server.needs_key:
+                _say_who_may_use_it(options.host)
             console.status(f"ready: {server.endpoint.url} (context {server.n_ctx}{_why(options, server.n_ctx)})")
             server.wait()
         except (KeyboardInterrupt, Terminated):
             console.status("stopping")
         return server.stop()
+
+
+def _say_who_may_use_it(host: str) -> None:
+    if is_loopback(host):
+        console.status("no key is set: pages in a browser can use this server too; HYMOE_API_KEY sets a key")
+    else:
+        console.warn(f"everybody who reaches {host} can use this server; HYMOE_API_KEY sets a key")
 
 
 def _why(options: ServerOptions, n_ctx: int) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-TIMEOUT = 30.0
+TIMEOUT = 120.0  # against hanging; says nothing about speed
 
 
 def command(name: str, *arguments: object) -> list[str]:
@@ -99,14 +99,16 @@ class Terminal:
         return bool(chunk)
 
 
-def engine_of(pid: int) -> int | None:
-    """The process id of the llama-server that `pid` started, None where there is none (Linux)."""
+def engine_of(pid: int, *arguments: str) -> int | None:
+    """The process id of the llama-server that `pid` started with these arguments, None where there is none (Linux)."""
+    wanted = "\0".join(["", *arguments, ""])
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             status, name = (folder / "status").read_text(), (folder / "comm").read_text().strip()
+            words = (folder / "cmdline").read_text()
         except OSError:
             continue
-        if re.search(rf"^PPid:\t{pid}$", status, re.MULTILINE) and name == "llama-server":
+        if re.search(rf"^PPid:\t{pid}$", status, re.MULTILINE) and name == "llama-server" and wanted in words:
             return int(folder.name)
     return None
 
@@ -119,7 +121,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def ends_within(pid: int, seconds: float) -> bool:
+def ends(pid: int, seconds: float = TIMEOUT) -> bool:
     """Whether the process is gone before `seconds` have passed."""
     deadline = time.monotonic() + seconds
     while is_running(pid) and time.monotonic() < deadline:

@@ -34,7 +34,6 @@ OWNERS = {
     "google": "convert/vocab",
     "httpx2": "convert/hub",
     "huggingface_hub": "convert/hub",
-    "safetensors": "convert/checkpoint",
     "sentencepiece": "convert/vocab",
     "llama_cpp": "engine/",
     "unidiff": "engine/",
@@ -91,6 +90,14 @@ def test_rooms_import_only_what_they_may_know() -> None:
             if parts[0] == "hymoe" and len(parts) > 1 and parts[1] in MUST_NOT_IMPORT[room]:
                 wrong.append(f"{where(file, node)} imports {module}")
     assert not wrong
+
+
+def test_dependencies_are_what_the_product_imports() -> None:
+    declared = {re.split(r"[^\w-]", line)[0].replace("-", "_") for line in PYPROJECT["project"]["dependencies"]}
+    # run as a command; what the bindings, which are installed with the engine, build with and import
+    unimported = {"pip", "scikit_build_core", "diskcache"}
+    imported = {module.partition(".")[0] for file in SOURCES for _, module in imports(file)}
+    assert imported - sys.stdlib_module_names - {"hymoe", "llama_cpp"} == declared - unimported
 
 
 def test_libraries_stay_with_their_owners() -> None:

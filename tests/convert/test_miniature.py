@@ -230,7 +230,7 @@ def test_a_file_in_the_way_is_an_error(tmp_path: Path) -> None:
 
 def test_manifest_describes_every_calibration_text() -> None:
     found = {text.file: text for text in calibration.texts()}
-    on_disk = (Path(calibration.__file__).parent / "calibration").glob("*.txt")
+    on_disk = (Path(calibration.__file__).parent / "texts").glob("*.txt")
     assert found.keys() == {file.name for file in on_disk}
     for text in found.values():
         assert text.bytes == len(text.content.encode()), text.file

@@ -33,6 +33,9 @@ set(CMAKE_RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/bin)
 foreach(name llama-server llama-imatrix llama-perplexity llama-bench llama-quantize ggml-rpc-server)
     add_executable(${name} tool.cpp)
 endforeach()
+if(GGML_CUDA AND NOT DEFINED ENV{TINY_MENDED})
+    message(FATAL_ERROR "this toolkit is too old")
+endif()
 if(DEFINED ENV{TINY_SLOW})
     add_custom_command(TARGET llama-bench PRE_LINK COMMAND sleep 61.7)
 endif()
@@ -90,6 +93,14 @@ def write_sdist(file: Path) -> None:
             archive.addfile(member, io.BytesIO(text.encode()))
 
 
+def put_tool(folder: Path, name: str, script: str) -> Path:
+    """Write a shell script as a program."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+    return folder / name
+
+
 def leftovers(engine_folder: Path) -> list[str]:
     """What looks like a build or the beginning of one."""
     return sorted(entry.name for entry in engine_folder.iterdir() if entry.name not in ("lock", "logs", "sdist"))
@@ -118,6 +129,64 @@ def test_build_then_find_then_build_again(tiny: Path, capfd: pytest.CaptureFixtu
     assert main(["build", "--backend", "cpu", "--no-bindings", "--force"]) == 0
     assert installed.find().tool("llama-server").stat().st_mtime_ns > made
     assert leftovers(tiny) == [engine.manifest["key"]]
+
+
+def test_a_processor_that_changes_gets_a_build_of_its_own(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a new kernel or microcode, or where machines share a home: the compiler says the same for both."""
+    assert main(["build", "--backend", "cpu", "--no-bindings"]) == 0
+    for module in ("installed", "build"):
+        monkeypatch.setattr(f"hymoe.engine.{module}.host", lambda: "pdp-11")
+    with pytest.raises(EngineError, match="builds of other sources or processors only"):
+        installed.find()
+    assert main(["build", "--backend", "cpu", "--no-bindings"]) == 0
+    assert installed.find().manifest["host"] == "pdp-11"
+    assert len(leftovers(tiny)) == 2
+
+
+def test_auto_takes_the_processor_where_the_backend_it_finds_does_not_build(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    put_tool(tmp_path / "tools", "nvcc", "echo release 7.5")
+    put_tool(tmp_path / "tools", "nvidia-smi", "echo GPU 0: the only one")
+    monkeypatch.setenv("PATH", str(tmp_path / "tools"), prepend=os.pathsep)
+    monkeypatch.setitem(toolchain.ROOM, "cuda", 0)
+
+    def build(*arguments: str) -> tuple[int, list[str]]:
+        status = main(["build", "--no-bindings", *arguments])
+        return status, capfd.readouterr().err.splitlines()
+
+    status, said = build()
+    assert status == 0
+    (warning,) = [line for line in said if line.startswith("warning: ")]
+    assert warning.startswith("warning: cuda does not build here (CMake Error at CMakeLists.txt:")
+    assert "this toolkit is too old; the log is " in warning
+    assert "`hy-engine build --backend cuda` tries again" in warning
+    assert installed.find().manifest["backend"] == "cpu"
+
+    status, said = build()  # knows it already
+    assert status == 0
+    assert sum(line.startswith("warning: cuda does not build here (as before;") for line in said) == 1
+    assert not any("configuring" in line for line in said)
+
+    status, said = build("--backend", "cuda")  # asked for by name
+    assert status == 1
+    assert said[-1].startswith("error: the engine could not be built: got CMake Error")
+
+    monkeypatch.setenv("TINY_MENDED", "1")
+    assert build("--backend", "cuda")[0] == 0
+    status, said = build()
+    assert status == 0
+    assert not any(line.startswith("warning: ") for line in said)
+    assert installed.find().manifest["backend"] == "cuda"
+
+
+def test_a_launcher_in_front_of_the_compiler(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher = put_tool(tmp_path / "tools", "launcher", f'echo "$1" >> {tmp_path}/launched; exec "$@"')
+    monkeypatch.setenv("CXX", f"{launcher} c++")
+    assert main(["build", "--backend", "cpu", "--no-bindings"]) == 0
+    compiler = installed.find().manifest["compiler"]["path"]
+    assert compiler == shutil.which("c++")
+    assert compiler in (tmp_path / "launched").read_text().splitlines()
 
 
 def test_a_crash_in_the_smoke_run_installs_nothing(
@@ -207,7 +276,13 @@ def test_no_compiler(
 
 @pytest.mark.parametrize(
     ("value", "says"),
-    [("no-such-compiler", "CXX=no-such-compiler, which is no program"), ("false", "false does not work")],
+    [
+        ("no-such-compiler", "CXX=no-such-compiler, which is no program"),
+        ("env no-such-compiler", "CXX=env no-such-compiler, which is no program"),
+        ("c++ -m32", "CXX=c++ -m32, which is no program; unset CXX or correct it (flags go into CXXFLAGS and CFLAGS)"),
+        ("c++ '", "CXX=c++ ', which is no program"),
+        ("false", "false does not work"),
+    ],
 )
 def test_a_wrong_cxx(
     value: str, says: str, cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
@@ -301,7 +376,7 @@ def test_a_backend_without_its_compiler(
     assert "error: --backend cuda: got no nvcc on the PATH" in capfd.readouterr().err
 
 
-def test_the_key_follows_everything_a_build_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_follows_everything_a_build_depends_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(cmake.EXTRA_VARIABLE, raising=False)
     compiler = toolchain.Compiler(
         Path("/usr/bin/c++"), "c++ 12.2.0", Path("/usr/bin/cc"), "cc 12.2.0", ("AVX2",), "0" * 64
@@ -319,6 +394,18 @@ def test_the_key_follows_everything_a_build_depends_on(monkeypatch: pytest.Monke
     keys.append(recipe_for("cpu", compiler).key)
     monkeypatch.delenv(cmake.EXTRA_VARIABLE)
     assert recipe_for("cpu", compiler).key == keys[0]
+    monkeypatch.setenv("PATH", str(tmp_path / "tools"), prepend=os.pathsep)
+    tools = [
+        ("cuda", "nvcc", "13.0"),
+        ("cuda", "nvcc", "13.1"),
+        ("cuda", "nvidia-smi", "8.9"),
+        ("vulkan", "glslc", "1"),
+    ]
+    for backend, name, says in tools:
+        put_tool(tmp_path / "tools", name, f"echo {says}")
+        keys.append(recipe_for(backend, compiler).key)
+    monkeypatch.setattr("hymoe.engine.build.host", lambda: "pdp-11")
+    keys.append(recipe_for("cpu", compiler).key)
     monkeypatch.setattr(pin, "SHA256", "0" * 64)
     keys.append(recipe_for("cpu", compiler).key)
     assert len(set(keys)) == len(keys)

@@ -68,6 +68,17 @@ def test_info_tells_what_the_engine_is(capfd: pytest.CaptureFixture[str]) -> Non
     [
         ({"expert_used_count": 9}, "hunyuan-moe.expert_used_count is 9: expected 1 to expert_count, which is 4"),
         ({"expert_used_count": 0}, "hunyuan-moe.expert_used_count is 0: expected 1"),
+        ({"block_count": 0}, "hunyuan-moe.block_count is 0: expected 1 to 512"),
+        ({"block_count": 100000}, "hunyuan-moe.block_count is 100000: expected 1 to 512"),
+        (
+            {"attention.key_length": 63, "attention.value_length": 63},
+            "hunyuan-moe.attention.key_length is 63: expected an even number",
+        ),
+        ({"attention.key_length": 0}, "hunyuan-moe.attention.key_length is 0: expected 2 or more"),
+        (
+            {"attention.layer_norm_rms_epsilon": float("nan")},
+            "hunyuan-moe.attention.layer_norm_rms_epsilon is nan: expected 0 or more",
+        ),
         ({"attention.value_length": 32}, "hunyuan-moe.attention.value_length is 32: expected 64"),
         (
             {"expert_shared_feed_forward_length": 0},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 import subprocess
 from pathlib import Path
@@ -170,6 +171,7 @@ def test_ours_apply_to_the_pinned_source(tmp_path: Path, stock: bool) -> None:
 
 @pytest.mark.engine
 @pytest.mark.long
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="AMX is an instruction set of x86-64")
 def test_the_barrier_keeps_the_tile_configuration(tmp_path: Path) -> None:
     """Read from the machine code, since few machines have AMX: what the 64 bytes hold when they are loaded."""
     compiler = toolchain.find_compiler().cxx

@@ -12,7 +12,8 @@ from tiny_model import write_model
 from hymoe import engine
 from hymoe.chat_templates import fallback
 from hymoe.errors import EngineError
-from hymoe.runtime.server import Endpoint, ServerOptions, serve
+from hymoe.runtime.endpoint import Endpoint
+from hymoe.runtime.server import ServerOptions, serve
 
 KEY = "the-key"
 UNWANTED = ("HYMOE_API_KEY", "NO_COLOR", "FORCE_COLOR")

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import httpx
 import pytest
-from terminal import Terminal, command, ends_within, engine_of, run
+from terminal import TIMEOUT, Terminal, command, ends, engine_of, is_running, run
 from tiny_model import TRAINED, write_model
 
 from hymoe.chat_templates import fallback
 from hymoe.errors import ServerError
 from hymoe.runtime.chat_cli import main
-from hymoe.runtime.client import endpoint_from_url
-from hymoe.runtime.server import Endpoint
+from hymoe.runtime.endpoint import Endpoint, endpoint_from_url, is_loopback
 
 pytestmark = pytest.mark.engine
 
@@ -35,6 +34,7 @@ def expected(endpoint: Endpoint, *messages: str, system: str | None = None) -> s
         json={"messages": opening + talk, "max_tokens": N},
         headers={"Authorization": f"Bearer {endpoint.api_key}"},
         trust_env=False,
+        timeout=TIMEOUT,
     )
     text = answer.json()["choices"][0]["message"]["content"]
     assert isinstance(text, str)
@@ -134,7 +134,7 @@ def test_ctrl_c_in_one_shot_is_status_130(talkative: Path) -> None:
         assert terminal.wait() == 130
     assert re.fullmatch(r"[a-z ]+\^C[a-z ]*\n", terminal.screen)
     assert engine is not None
-    assert ends_within(engine, 0)
+    assert not is_running(engine)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGKILL, -9)])
@@ -145,7 +145,7 @@ def test_a_signal_leaves_no_engine_behind(tiny: Path, number: signal.Signals, st
         os.kill(terminal.pid, number)
         assert terminal.wait() == status
     assert engine is not None
-    assert ends_within(engine, 2.0)
+    assert ends(engine)
 
 
 def test_an_engine_lost_between_two_questions(tiny: Path) -> None:
@@ -180,6 +180,10 @@ def test_a_prompt_that_is_none(attach: list[str]) -> None:
     assert empty.stderr.startswith("error: stdin: got nothing, expected a prompt; ")
     binary = run(attach, stdin=b"ab\xff")
     assert (binary.returncode, binary.stderr) == (1, "error: stdin: got byte 0xff at 2, expected UTF-8 text\n")
+    for flags, name in ((["-p", "a\udcff"], "--prompt"), (["-p", "a", "--system", "\udcff"], "--system")):
+        argument = run([*attach, *flags])
+        line = f"error: {name}: got bytes that are no UTF-8, expected UTF-8 text\n"
+        assert (argument.returncode, argument.stderr) == (1, line)
 
 
 @pytest.mark.parametrize(
@@ -198,6 +202,17 @@ def test_usage(words: list[str], message: str, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize("given", ["localhost:8080", "http://localhost:8080/", "http://localhost:8080/v1"])
 def test_addresses_people_paste(given: str) -> None:
     assert endpoint_from_url(given, None) == Endpoint("http://localhost:8080")
+
+
+@pytest.mark.parametrize(
+    ("host", "ours"),
+    [
+        *[(host, True) for host in ("localhost", "LocalHost", "127.0.0.1", "127.1.2.3", "::1")],
+        *[(host, False) for host in ("localhost.example.com", "127.example.com", "::12", "::", "0.0.0.0", "")],
+    ],
+)
+def test_loopback(host: str, ours: bool) -> None:
+    assert is_loopback(host) is ours
 
 
 @pytest.mark.parametrize("given", ["", "ftp://host", "http://", "host:port", "http://[::1"])

@@ -70,6 +70,11 @@ def test_bytes_that_are_no_utf8_do_not_stop_the_stream() -> None:
     assert not stream.finished
 
 
+def test_half_a_surrogate_pair_can_be_shown() -> None:
+    raw = b'data: {"choices": [{"delta": {"content": "a\\ud83d b"}}]}\n\n'
+    assert pieces(ChatStream(), raw, 1) == [Piece("text", "a? b")]
+
+
 def test_an_error_in_the_stream() -> None:
     stream = ChatStream()
     raw = b'data: {"error": {"message": "the GPU is gone", "code": 500}}\n\n'
@@ -77,10 +82,44 @@ def test_an_error_in_the_stream() -> None:
         pieces(stream, raw, 4)
 
 
-@pytest.mark.parametrize("data", ["<html>", "[1]", "null"])
-def test_no_chat_stream(data: str) -> None:
-    with pytest.raises(ServerError, match=r"the server's answer is no chat stream: got '.*', expected JSON; is this a"):
-        pieces(ChatStream(), f"data: {data}\n\n".encode(), 100)
+NO_CHUNKS = {
+    "no JSON": "<html>",
+    "nested without end": "[" * 10**6,
+    **{
+        value: value
+        for value in (
+            *("[1]", "null", "5", '"x"'),
+            *('{"choices": 5}', '{"choices": {}}', '{"choices": [null]}', '{"choices": ["x"]}'),
+            *('{"choices": [{"delta": "x"}]}', '{"choices": [{"delta": [1]}]}'),
+            *('{"choices": [{"delta": {"content": 5}}]}', '{"choices": [{"delta": {"reasoning_content": ["x"]}}]}'),
+            *('{"choices": [{"finish_reason": 1}]}', '{"timings": [1, 2]}'),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("name", NO_CHUNKS)
+def test_no_chat_stream(name: str) -> None:
+    data = NO_CHUNKS[name]
+    with pytest.raises(ServerError) as caught:
+        pieces(ChatStream(), f"data: {data}\n\n".encode(), 10**7)
+    assert str(caught.value) == (
+        f"the server's answer is no chat stream: got {data[:60]!r}, expected a chat completion chunk; "
+        "is this a llama-server?"
+    )
+
+
+def test_a_chunk_may_say_little() -> None:
+    stream = ChatStream()
+    for data in (
+        "{}",
+        '{"choices": null, "error": null}',
+        '{"choices": [{"delta": null}, {"delta": {"content": null}}]}',
+    ):
+        assert pieces(stream, f"data: {data}\n\n".encode(), 100) == []
+    timings = '{"timings": {"a": "x", "b": null, "c": NaN, "d": 1e999, "e": 0.5, "predicted_n": 3}}'
+    assert pieces(stream, f"data: {timings}\n\n".encode(), 1) == []
+    assert stream.timings == {"e": 0.5, "predicted_n": 3}
 
 
 @pytest.mark.parametrize(

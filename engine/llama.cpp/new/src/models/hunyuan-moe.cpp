@@ -183,6 +183,7 @@ void llama_model_hunyuan_moe::load_arch_hparams(llama_model_loader & ml) {
     const hunyuan_moe_limit limits[] = {
         { LLM_KV_ATTENTION_HEAD_COUNT,              hparams.n_head(),        1,        any              },
         { LLM_KV_ATTENTION_HEAD_COUNT_KV,           hparams.n_head_kv(),     1,        hparams.n_head() },
+        { LLM_KV_ATTENTION_KEY_LENGTH,              head_dim,                2,        any              },
         { LLM_KV_ATTENTION_VALUE_LENGTH,            hparams.n_embd_head_v(), head_dim, head_dim         },
         { LLM_KV_ROPE_DIMENSION_COUNT,              hparams.n_rot(),         head_dim, head_dim         },
         { LLM_KV_EXPERT_SHARED_FEED_FORWARD_LENGTH, hparams.n_ff_shexp,      1,        any              },
@@ -194,6 +195,12 @@ void llama_model_hunyuan_moe::load_arch_hparams(llama_model_loader & ml) {
     if (hparams.n_head() % hparams.n_head_kv() != 0) {
         throw std::runtime_error(format("hunyuan-moe.attention.head_count_kv is %u: expected a divisor of head_count, which is %u",
             hparams.n_head_kv(), hparams.n_head()));
+    }
+    if (head_dim % 2 != 0) {
+        throw std::runtime_error(format("hunyuan-moe.attention.key_length is %lld: expected an even number", (long long) head_dim));
+    }
+    if (!(hparams.f_norm_rms_eps >= 0.0f)) { // nor NaN
+        throw std::runtime_error(format("hunyuan-moe.attention.layer_norm_rms_epsilon is %g: expected 0 or more", hparams.f_norm_rms_eps));
     }
     for (uint32_t il = 0; il < hparams.n_layer_all; ++il) {
         hunyuan_moe_require({ LLM_KV_EXPERT_USED_COUNT,          hparams.n_expert_used(il), 1, hparams.n_expert });
