@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self, TypeGuard, TypeVar
 
 from hymoe.convert.config import parse_json, read_json
-from hymoe.errors import CheckpointError, UnsupportedError
+from hymoe.errors import CheckpointError, SourceError, UnsupportedError
 
 # The library's own limit on a header (huggingface/safetensors, tensor.rs, MAX_HEADER_SIZE).
 MAX_HEADER_BYTES = 100_000_000
@@ -112,7 +112,7 @@ class Checkpoint:
             try:
                 n = os.preadv(fd, [buffer[done:]], ref.offset + start + done)
             except OSError as exc:
-                raise CheckpointError(f"{ref} cannot be read: {exc.strerror}", fix="is the disk all right?") from exc
+                raise SourceError(f"{ref} cannot be read: {exc.strerror}", fix="is the disk all right?") from exc
             if n == 0:
                 raise CheckpointError(f"{ref}: the file ended while it was read", fix=FETCH_AGAIN)
             done += n

@@ -6,8 +6,8 @@ It keeps its norms and router in float32 whatever the model's type, so that even
 from __future__ import annotations
 
 import json
-import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,20 @@ from hymoe.convert.miniature import Spec, write
 
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("default")]
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 N_TOKENS = 200
 IDS = [int(token) for token in np.random.default_rng(3).integers(0, 2000, N_TOKENS)]
 STYLES: tuple[Any, ...] = ("2025", "transformers5")
 F32_BOUND = 1e-9
+
+
+@pytest.fixture(scope="session", autouse=True)
+def offline() -> Iterator[None]:
+    """Set before transformers is first imported, and only where these tests run: others talk to a hub of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        yield
 
 
 def checkpoint(folder: Path, style: Any) -> Path:
