@@ -30,7 +30,7 @@ from hymoe.convert.weights import ZeroRows, encoded
 from hymoe.errors import CheckpointError, ModelFileError, OutputError, SourceError, UnsupportedError
 
 # How much work an unforeseen end can cost. More often is no safer in practice and makes more work of it.
-SYNC_SECONDS = 4.0
+SYNC_SECONDS = 15.0
 
 # Errors after which what was written is worth nothing.
 FATAL = (CheckpointError, UnsupportedError, ModelFileError)
