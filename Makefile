@@ -72,6 +72,7 @@ check: env types ## lint, format and types of everything
 
 bench: setup ## our converter and the stock one side by side (torch, several hundred MB, goes into .venv-oracle)
 	$(BIN)/python bench/convert.py
+	$(BIN)/python bench/quantize.py
 
 docs: env ## write the --help texts into README.md and docs/commands.md
 	$(BIN)/python docs/generate.py
