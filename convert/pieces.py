@@ -18,10 +18,10 @@ from hymoe.convert.checkpoint import Checkpoint, TensorRef
 from hymoe.convert.plan import PlannedTensor
 from hymoe.convert.sources import Source
 
-# Bytes of a piece as float32.
-PIECE_BYTES = 8 << 20
+# Bytes of a piece as float32. Larger buffers come fresh from the kernel each time, which costs more than the copying.
+PIECE_BYTES = 2 << 20
 # A worker holds at most some six such pieces: stored, exact, encoded, decoded again, and their temporaries.
-MAX_WORKERS = (1 << 30) // (6 * PIECE_BYTES)
+MAX_WORKERS = (256 << 20) // (6 * PIECE_BYTES)
 # How often `in_parallel` looks up while it waits.
 PATIENCE_SECONDS = 1.0
 

@@ -36,7 +36,7 @@ SHAPES = {
     "one layer, narrow rows": Spec(n_layer=1, n_expert=2, n_expert_used=2, n_rank=300, n_embd=160, n_ff=96),
     "fallback": FALLBACK,
 }
-FEW = [("Q4_K_M", False), ("Q3_K_M", False), ("IQ4_XS", True), ("IQ2_M", True), ("MXFP4_MOE", False)]
+FEW = [("Q4_K_M", False), ("Q3_K_M", False), ("IQ4_XS", True), ("MXFP4_MOE", False)]
 EMPTY_EXPERT = 1
 
 
