@@ -97,7 +97,7 @@ def write_scripted(
     _hparams(writer, trained)
     for key, value in sampling:
         whole = key in ("top_k", "penalty_last_n")
-        (writer.add_int32 if whole else writer.add_float32)(f"general.sampling.{key}", value)  # type: ignore[operator]
+        (writer.add_int32 if whole else writer.add_float32)(f"general.sampling.{key}", value)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("hunyuan")
     writer.add_token_list(tokens)
@@ -157,7 +157,7 @@ def _words(scripts: Sequence[Script]) -> list[str]:
 def _tensors(tokens: list[str], markers: list[str], scripts: Sequence[Script]) -> dict[str, NDArray[np.float32]]:
     embd = np.zeros((len(tokens), N_EMBD), np.float32)
     width = N_EMBD - CODES
-    embd[:, CODES:] = np.random.default_rng(11).choice(np.float32([-1, 1]), (len(tokens), width))
+    embd[:, CODES:] = np.random.default_rng(11).choice(np.array([-1, 1], np.float32), (len(tokens), width))
     for j, marker in enumerate(markers):
         embd[tokens.index(marker), MARKER + j] = 1
     output = np.zeros_like(embd)
