@@ -68,11 +68,10 @@ check: env types ## lint, format and types of everything
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict -p hymoe
-	MYPYPATH=tests $(BIN)/mypy --strict tests $(wildcard bench/*.py docs/*.py)
+	MYPYPATH=tests:bench $(BIN)/mypy --strict tests $(wildcard bench/*.py docs/*.py)
 
 bench: setup ## our converter and the stock one side by side (torch, several hundred MB, goes into .venv-oracle)
 	$(BIN)/python bench/convert.py
-	$(BIN)/python bench/quantize.py
 
 docs: env ## write the --help texts into README.md and docs/commands.md
 	$(BIN)/python docs/generate.py

@@ -6,8 +6,7 @@ What is measured, and how:
               `cp --reflink=never` of the checkpoint's weights, synced too; medians over pairs, first the one and
               then the other in front, the checkpoint in the page cache before each
   peak RSS    ru_maxrss of the process, for this checkpoint and for a smaller one
-
-Standard library only: a process inherits its parent's ru_maxrss, so this one stays small.
+Then bench/quantize.py: the same checkpoint to Q4_K_M in one pass, beside llama.cpp's quantize step alone.
 """
 
 from __future__ import annotations
@@ -27,21 +26,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from common import A13B, DATA, ROOT, WORK, checkpoint, files_of, gigabytes, our_command, say, settle, size_of, sync
+
 PEER = ROOT / "tests" / "stock" / "peer.py"
 POLL_SECONDS = 0.005
 
-SMALL = {"n_layer": 1, "n_embd": 512, "n_head": 4, "n_head_kv": 1, "n_ff": 384}
-A13B = {"n_embd": 4096, "n_head": 32, "n_head_kv": 8, "n_ff": 3072}
-SHARED = {"head_dim": 128, "n_expert": 64, "n_expert_used": 8, "max_shard_bytes": 4 << 30}
+SMALL = {**A13B, "n_layer": 1, "n_embd": 512, "n_head": 4, "n_head_kv": 1, "n_ff": 384}
+EXPERTS = {"n_expert": 64, "n_expert_used": 8}
 
-WRITE = """
-import sys, json
-from pathlib import Path
-from hymoe.convert.miniature import Spec, write
-options = json.loads(sys.argv[2])
-write(Path(sys.argv[1]), Spec(**options | {"vocab": Path(options["vocab"])}))
-"""
 DATA_START = "import sys, gguf; print(gguf.GGUFReader(sys.argv[1]).data_offset)"
 
 
@@ -60,7 +52,7 @@ class Run:
         return self.n_bytes / self.writing
 
 
-def main() -> None:
+def main() -> int:
     options = parse()
     vocab = options.data / "a13b" / "hy.tiktoken"
     if not vocab.is_file():
@@ -68,26 +60,30 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         work = Path(folder)
-        small = checkpoint(work / "small", vocab, SMALL)
+        small = checkpoint(work / "small", vocab, {**SMALL, **EXPERTS})
         check_room(work, options.layers)
-        large = checkpoint(work / "large", vocab, {**A13B, "n_layer": options.layers})
-        say(f"checkpoint: {options.layers} layers of A13B's shape, {gigabytes(weights_of(large))}")
-        say(f"smaller one: {gigabytes(weights_of(small))}")
+        large = checkpoint(work / "large", vocab, {**A13B, **EXPERTS, "n_layer": options.layers})
+        say(f"checkpoint: {options.layers} layers of A13B's shape, {gigabytes(size_of(large))}")
+        say(f"smaller one: {gigabytes(size_of(small))}")
         report(measure(options, work, small, large))
+    if options.skip_quantize:
+        return 0
+    quantize = [sys.executable, Path(__file__).with_name("quantize.py"), "--work", options.work, "--data", options.data]
+    return subprocess.run(quantize, check=False).returncode
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    data = Path(os.environ.get("HYMOE_TEST_DATA", ROOT.parent / "shared" / "data"))
     parser.add_argument(
         "--layers", type=int, default=1, help="layers, 4.9 GB each beside 1 GB of embeddings [%(default)s]"
     )
-    parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench", help="folder on the disk to measure")
-    parser.add_argument("--data", type=Path, default=data, help="folder with a13b/hy.tiktoken [$HYMOE_TEST_DATA]")
+    parser.add_argument("--work", type=Path, default=WORK, help="folder on the disk to measure")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder with a13b/hy.tiktoken [$HYMOE_TEST_DATA]")
     parser.add_argument("--pairs", type=int, default=5, help="runs of our converter and of cp, in turn [%(default)s]")
     parser.add_argument(
         "--skip-stock", action="store_true", help="leave out llama.cpp's converter, which takes minutes"
     )
+    parser.add_argument("--skip-quantize", action="store_true", help="leave out the way to Q4_K_M")
     return parser.parse_args()
 
 
@@ -96,7 +92,7 @@ def measure(options: argparse.Namespace, work: Path, small: Path, large: Path) -
     ours: list[Run] = []
     copies: list[float] = []
     jobs: list[Callable[[], None]] = [
-        lambda: ours.append(run(our_command(large), large, work / "ours.gguf")),
+        lambda: ours.append(run(our_command(large, "BF16"), large, work / "ours.gguf")),
         lambda: copies.append(copy(large, work / "copy")),
     ]
     for i in range(options.pairs + 1):
@@ -108,7 +104,7 @@ def measure(options: argparse.Namespace, work: Path, small: Path, large: Path) -
     found: dict[str, Any] = {
         "ours": ours,
         "cp": copies,
-        "ours, smaller": run(our_command(small), small, work / "ours.gguf"),
+        "ours, smaller": run(our_command(small, "BF16"), small, work / "ours.gguf"),
     }
     if not options.skip_stock:
         for name, source in (("stock", large), ("stock, smaller", small)):
@@ -187,7 +183,7 @@ def written(pid: int) -> int:
 
 def copy(checkpoint_folder: Path, target: Path) -> float:
     """Copy the weights of a checkpoint, sync them, remove the copy; gives bytes per second."""
-    files = sorted(checkpoint_folder.glob("*.safetensors"))
+    files = files_of(checkpoint_folder)
     target.mkdir()
     settle(checkpoint_folder)
     begun = time.monotonic()
@@ -199,26 +195,7 @@ def copy(checkpoint_folder: Path, target: Path) -> float:
     return sum(file.stat().st_size for file in files) / seconds
 
 
-def settle(folder: Path) -> None:
-    """Bring a checkpoint's weights into the page cache and everything written so far to the disk."""
-    for file in folder.glob("*.safetensors"):
-        with file.open("rb", buffering=0) as stream:
-            while stream.read(1 << 20):
-                pass
-    os.sync()
-
-
-def sync(file: Path) -> None:
-    descriptor = os.open(file, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
 # -- what is run ------------------------------------------------------------------------------------------------------
-
-
-def our_command(folder: Path) -> list[str]:
-    return [str(Path(sys.executable).with_name("hy-convert")), "--quant", "BF16", "--quiet", str(folder)]
 
 
 @contextmanager
@@ -231,12 +208,6 @@ def stock_command(folder: Path, view: Path) -> Iterator[tuple[list[str], dict[st
         shutil.rmtree(view)
 
 
-def checkpoint(folder: Path, vocab: Path, shape: Mapping[str, int]) -> Path:
-    options = {**SHARED, **shape, "vocab": str(vocab)}
-    subprocess.run([sys.executable, "-c", WRITE, folder, json.dumps(options)], check=True)
-    return folder
-
-
 def check_room(folder: Path, n_layer: int) -> None:
     """Stop where the checkpoint and two copies of it would not fit."""
     need = 3 * (n_layer * 4_950_000_000 + 1_100_000_000)
@@ -245,21 +216,9 @@ def check_room(folder: Path, n_layer: int) -> None:
         sys.exit(f"error: {folder}: {gigabytes(free)} free, {gigabytes(need)} needed; name another disk with --work")
 
 
-def weights_of(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
-def gigabytes(n: float) -> str:
-    return f"{n / 1e9:.2f} GB"
-
-
 def mb(rate: float) -> str:
     return f"{rate / 1e6:.0f} MB/s"
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

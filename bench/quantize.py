@@ -6,10 +6,10 @@ What is measured, and how:
               what is read in the page cache before each
   tensors     names, types, shapes and sha256 of the data of both files, tensor by tensor
   threads     our wall time bound to one processor and to all of them
+  peak disk   the most that our run had in its folder at a time, by the size of the file: 1 is the file alone
   peak RSS    ru_maxrss of our process, for this checkpoint and for others of --sizes
 
 Ends with status 1 where a target is missed. The vocabulary is the real one where HYMOE_TEST_DATA has it.
-Standard library only: a process inherits its parent's ru_maxrss, so this one stays small.
 """
 
 from __future__ import annotations
@@ -23,17 +23,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).resolve().parents[1]
-BIN = Path(sys.executable).parent
+from common import A13B, BIN, DATA, ROOT, WORK, gigabytes, our_command, say, settle, size_of, sync
+from common import checkpoint as write_checkpoint
+
 QUANT = "Q4_K_M"
 MAX_RATIO = 1.05
+MAX_DISK = 1.01
+POLL_SECONDS = 0.2
 MAX_RSS = 1_500_000_000
 
-SHAPE = {"n_embd": 4096, "n_head": 32, "n_head_kv": 8, "head_dim": 128, "n_ff": 3072, "max_shard_bytes": 4 << 30}
 EXPERT_BYTES = 2 * 3 * 4096 * 3072
 # Attention and the shared expert, which is as wide as a routed one.
 LAYER_BYTES = 2 * (2 * 4096 * 4096 + 2 * 1024 * 4096) + EXPERT_BYTES
@@ -41,13 +44,6 @@ FULL_LAYER = 64
 # Q4_K_M of BF16, with room to spare: about five of sixteen bits.
 QUANT_SHARE = 0.35
 
-WRITE = """
-import sys, json
-from pathlib import Path
-from hymoe.convert.miniature import Spec, write
-options = json.loads(sys.argv[2])
-write(Path(sys.argv[1]), Spec(**options | {"vocab": Path(options["vocab"]) if options["vocab"] else None}))
-"""
 DIGESTS = """
 import sys, json, hashlib, gguf
 for t in gguf.GGUFReader(sys.argv[1]).tensors:
@@ -57,11 +53,12 @@ for t in gguf.GGUFReader(sys.argv[1]).tensors:
 
 @dataclass(frozen=True)
 class Run:
-    """One run: seconds until its file was on disk, seconds of processor time, and peak memory in bytes."""
+    """One run: seconds until its file was on disk, seconds of processor time, peak memory and peak disk in bytes."""
 
     wall: float
     cpu: float
     peak_rss: int
+    peak_disk: int
 
 
 @dataclass
@@ -105,15 +102,12 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    data = Path(os.environ.get("HYMOE_TEST_DATA", ROOT.parent / "shared" / "data"))
     parser.add_argument("--experts", type=positive, default=FULL_LAYER, help="of the layer, 75 MB each [%(default)s]")
     parser.add_argument("--pairs", type=positive, default=2, help="runs of ours and of llama-quantize [%(default)s]")
     parser.add_argument("--sizes", type=gigabyte_list, default="4,12", help="checkpoints for memory, GB [%(default)s]")
     parser.add_argument("--skip-sizes", action="store_true", help="leave them out")
-    parser.add_argument(
-        "--work", type=Path, default=ROOT / "build" / "bench", help="folder for the files [build/bench]"
-    )
-    parser.add_argument("--data", type=Path, default=data, help="folder with a13b/hy.tiktoken [$HYMOE_TEST_DATA]")
+    parser.add_argument("--work", type=Path, default=WORK, help="folder for the files [build/bench]")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder with a13b/hy.tiktoken [$HYMOE_TEST_DATA]")
     options = parser.parse_args()
     options.work = options.work.absolute()
     return options
@@ -148,6 +142,8 @@ def compare(options: argparse.Namespace, work: Path, vocab: Path | None, tool: P
                 stock.append(run([str(tool), str(bf16)], bf16, stock_out, [QUANT, str(len(processors))]))
         say(f"pair {i + 1}: ours {ours[-1].wall:.1f} s, llama-quantize {stock[-1].wall:.1f} s")
     judge_pairs(table, ours, stock, len(processors))
+    disk = max(each.peak_disk for each in ours) / size_of(our_out)
+    table.judge("peak disk / file", f"{disk:.3f}", f"<= {MAX_DISK}", disk <= MAX_DISK)
     judge_tensors(table, digests(our_out), digests(stock_out))
     scale(table, source, our_out, median(each.wall for each in ours), processors)
     judge_memory(table, source, max(ours, key=lambda each: each.peak_rss))
@@ -195,10 +191,15 @@ def run(
     """Run `command`, the output's name, `after`, on `processors` (none: all); the file is synced and stays."""
     out.unlink(missing_ok=True)
     settle(source)
+    before = on_disk(out.parent)
     bound = ["taskset", "-c", ",".join(map(str, processors))] if processors else []
     with tempfile.TemporaryFile() as log:
         begun = time.monotonic()
         process = subprocess.Popen([*bound, *command, str(out), *after], stdout=log, stderr=log, cwd=ROOT)
+        peak_disk = 0
+        while not os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            peak_disk = max(peak_disk, on_disk(out.parent) - before)
+            time.sleep(POLL_SECONDS)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
@@ -206,7 +207,16 @@ def run(
             sys.exit(log.read().decode(errors="replace")[-2000:] or f"error: {command[0]}: {process.returncode}")
         sync(out)
         wall = time.monotonic() - begun
-    return Run(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+    return Run(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, peak_disk)
+
+
+def on_disk(folder: Path) -> int:
+    """Bytes that the files in a folder take up on the disk."""
+    n_bytes = 0
+    for entry in os.scandir(folder):
+        with suppress(FileNotFoundError):
+            n_bytes += 512 * entry.stat().st_blocks * entry.is_file()
+    return n_bytes
 
 
 def digests(file: Path) -> dict[str, str]:
@@ -214,26 +224,7 @@ def digests(file: Path) -> dict[str, str]:
     return {name: f"{qtype} {shape} {digest}" for name, qtype, shape, digest in map(json.loads, lines)}
 
 
-def settle(source: Path) -> None:
-    """Bring what will be read into the page cache and everything written so far to the disk."""
-    for file in files_of(source):
-        with file.open("rb", buffering=0) as stream:
-            while stream.read(1 << 20):
-                pass
-    os.sync()
-
-
-def sync(file: Path) -> None:
-    descriptor = os.open(file, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
 # -- what is run ------------------------------------------------------------------------------------------------------
-
-
-def our_command(source: Path, quant: str) -> list[str]:
-    return [str(BIN / "hy-convert"), "--quant", quant, "--quiet", str(source)]
 
 
 def engine_tool(name: str) -> Path:
@@ -246,8 +237,7 @@ def engine_tool(name: str) -> Path:
 
 def checkpoint(folder: Path, vocab: Path | None, n_layer: int, n_expert: int) -> Path:
     sizes = {"n_layer": n_layer, "n_expert": n_expert, "n_expert_used": min(8, n_expert)}
-    spec = {**SHAPE, **sizes, "vocab": str(vocab or "")}
-    subprocess.run([sys.executable, "-c", WRITE, folder, json.dumps(spec)], check=True)
+    write_checkpoint(folder, vocab, {**A13B, **sizes})
     say(f"checkpoint: {n_layer} layers, {n_expert} experts, {gigabytes(size_of(folder))}")
     return folder
 
@@ -281,22 +271,6 @@ def check_room(work: Path, vocab: Path | None, n_expert: int, sizes: Sequence[tu
     if free < need:
         sys.exit(f"error: {work}: {gigabytes(free)} free, {gigabytes(need)} needed; name another disk with --work")
     say(f"disk: {gigabytes(need)} needed at a time, {gigabytes(free)} free")
-
-
-def files_of(source: Path) -> list[Path]:
-    return sorted(source.glob("*.safetensors")) if source.is_dir() else [source]
-
-
-def size_of(source: Path) -> int:
-    return sum(file.stat().st_size for file in files_of(source))
-
-
-def gigabytes(n: float) -> str:
-    return f"{n / 1e9:.2f} GB"
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
