@@ -46,7 +46,11 @@ def function(name: str, **properties: Any) -> dict[str, Any]:
 
 def ask(url: str, text: str | Sequence[dict[str, Any]], **more: Any) -> dict[str, Any]:
     """Post one chat request; `text` is the user's words, or all messages. The answer is the whole body."""
-    body = {"messages": [{"role": "user", "content": text}] if isinstance(text, str) else text, "max_tokens": 200, **more}
+    body = {
+        "messages": [{"role": "user", "content": text}] if isinstance(text, str) else text,
+        "max_tokens": 200,
+        **more,
+    }
     response = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=TIMEOUT)
     assert response.status_code == 200, response.text
     answer: dict[str, Any] = response.json()
@@ -63,7 +67,11 @@ def message_of(answer: dict[str, Any]) -> Message:
 
 def stream(url: str, text: str | Sequence[dict[str, Any]], **more: Any) -> tuple[Message, list[dict[str, Any]]]:
     """Ask with streaming: the message that the deltas make, and the deltas."""
-    body = {"messages": [{"role": "user", "content": text}] if isinstance(text, str) else text, "max_tokens": 200, **more}
+    body = {
+        "messages": [{"role": "user", "content": text}] if isinstance(text, str) else text,
+        "max_tokens": 200,
+        **more,
+    }
     deltas: list[dict[str, Any]] = []
     with httpx.stream("POST", f"{url}/v1/chat/completions", json={**body, "stream": True}, timeout=TIMEOUT) as lines:
         for line in lines.iter_lines():
@@ -83,4 +91,6 @@ def _joined(deltas: Sequence[dict[str, Any]]) -> Message:
             assert part["function"]["name"], "a call begins with its name"
             calls.append([part["function"]["name"], ""])
         calls[part["index"]][1] += part["function"].get("arguments") or ""
-    return Message(parts["reasoning_content"], parts["content"], tuple(Call(name, arguments) for name, arguments in calls))
+    return Message(
+        parts["reasoning_content"], parts["content"], tuple(Call(name, arguments) for name, arguments in calls)
+    )

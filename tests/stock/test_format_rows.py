@@ -31,7 +31,8 @@ def model(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     book = Book()
     book.add("slow;", f"{THINK}<answer>\nYes.\n</answer>")
     book.add("fast;", "<answer>\nAt once.\n</answer>", closed=True)
-    book.add("call;", '<think>\nLeft?\n</think>\n<answer>\n<tool_calls>[{"name": "turn", "arguments": {"side": "left"}}]</tool_calls>\n</answer>')
+    calls = '<tool_calls>[{"name": "turn", "arguments": {"side": "left"}}]</tool_calls>'
+    book.add("call;", f"<think>\nLeft?\n</think>\n<answer>\n{calls}\n</answer>")
     book.add("reply;", "<think>\nNo tool.\n</think>\n<answer>\n助手：Nothing to turn.\n</answer>")
     book.add("talk;", "<think>\nTalk.\n</think>\n<answer>\nLet us talk.\n</answer>")
     book.add("mixed;", "<think>\nMixed up.\n</answer>\n<answer>\nAn answer.\n</answer>")
@@ -55,17 +56,18 @@ def server(request: pytest.FixtureRequest, model: Path) -> Iterator[tuple[str, b
 REQUIRED: dict[str, Any] = {"tools": [TURN], "tool_choice": "required", "parallel_tool_calls": False}
 NAMED: dict[str, Any] = REQUIRED | {"tool_choice": {"type": "function", "function": {"name": "turn"}}}
 THINKING_ON: dict[str, Any] = {"chat_template_kwargs": {"enable_thinking": True}}
+TOOLS: dict[str, Any] = {"tools": [TURN], **THINKING_ON}
 THINKING_OFF: dict[str, Any] = {"chat_template_kwargs": {"enable_thinking": False}}
-LEFT_OR_RIGHT = (CALL, Call("turn", '{"side": "right"}'))
+LEFT_OR_RIGHT = tuple(Message("Talk.", "", (call,)) for call in (CALL, Call("turn", '{"side": "right"}')))
 # What a client does, the word and the fields it sends, and the messages that are right.
 ROWS: dict[str, tuple[str, dict[str, Any], tuple[Message, ...]]] = {
     "chat with no extra parameters": ("slow;", {}, (Message("Hm.", "Yes.", ()),)),
     "thinking on": ("slow;", THINKING_ON, (Message("Hm.", "Yes.", ()),)),
     "thinking off": ("fast;", THINKING_OFF, (Message("", "At once.", ()),)),
-    "tool call": ("call;", {"tools": [TURN], **THINKING_ON}, (Message("Left?", "", (CALL,)),)),
-    "plain reply in tool mode": ("reply;", {"tools": [TURN], **THINKING_ON}, (Message("No tool.", "Nothing to turn.", ()),)),
-    "tool_choice: required": ("talk;", REQUIRED | THINKING_ON, tuple(Message("Talk.", "", (call,)) for call in LEFT_OR_RIGHT)),
-    "tool_choice: a function": ("talk;", NAMED | THINKING_ON, tuple(Message("Talk.", "", (call,)) for call in LEFT_OR_RIGHT)),
+    "tool call": ("call;", TOOLS, (Message("Left?", "", (CALL,)),)),
+    "plain reply in tool mode": ("reply;", TOOLS, (Message("No tool.", "Nothing to turn.", ()),)),
+    "tool_choice: required": ("talk;", REQUIRED | THINKING_ON, LEFT_OR_RIGHT),
+    "tool_choice: a function": ("talk;", NAMED | THINKING_ON, LEFT_OR_RIGHT),
     "a thought closed by </answer>": ("mixed;", THINKING_ON, (Message("Mixed up.", "An answer.", ()),)),
     "a thinking budget": ("slow;", THINKING_ON | {"reasoning_budget_tokens": 0}, (Message("", "At once.", ()),)),
 }  # fmt: skip

@@ -149,10 +149,9 @@ common_chat_params common_chat_params_init_hunyuan(const common_chat_template & 
     data.prompt += added;
     data.generation_prompt += added;
 
+    // the request's own grammar goes to the sampler as it is: one of ours would have to accept the generation prompt first
     if (inputs.grammar.empty()) {
         constrain(data, inputs, has_calls);
-    } else {
-        data.grammar = inputs.grammar;
     }
     return data;
 }
