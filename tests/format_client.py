@@ -22,15 +22,14 @@ class Book:
         self.scripts: list[Script] = []
         self._taken: set[str] = set()
 
-    def add(self, when: str, text: str, *, closed: bool = False, then: str | None = None) -> None:
+    def add(self, when: str, text: str, *, closed: bool = False, circle: int | None = None) -> None:
         """Let a prompt that holds the word `when` be answered by `text`; `closed`: where a thought is closed already.
 
-        then: a piece that the script goes on with at its end, for ever.
+        circle: which piece the script goes on with at its end, for ever.
         """
         pieces = cut(text, taken=frozenset(self._taken))
         after = NEWLINE if closed else START
-        circle = None if then is None else pieces[next(i for i, piece in enumerate(pieces) if then in piece)]
-        self.scripts.append(Script(pieces, when=when, after=after, then=circle))
+        self.scripts.append(Script(pieces, when=when, after=after, then=None if circle is None else pieces[circle]))
         self._taken.update(pieces)
 
     def write(self, path: Path, template: str) -> Path:

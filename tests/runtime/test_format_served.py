@@ -14,6 +14,7 @@ from format_reader import Message
 from format_shapes import FAST, SHAPES, Call, Shape
 from openai import OpenAI
 from openai.types.chat import ChatCompletionMessageParam
+from scripted_model import NEWLINE, Script, write_scripted
 
 from hymoe.chat_templates import fallback
 from hymoe.runtime.server import ServerOptions, serve
@@ -26,14 +27,16 @@ CLOCK = function("get_time", zone={"type": "string"})
 SHORT = function("turn", side={"enum": ["left", "right"]})
 OTHER = function("halt", at={"enum": ["once", "noon"]})
 TWO_CALLS = (Call("get_weather", '{"city": "北京", "days": 3}'), Call("get_time", '{"zone": "Asia"}'))
+PARALLEL: dict[str, Any] = {"tools": [WEATHER, CLOCK], "parallel_tool_calls": True}
+QUESTION = [{"role": "user", "content": "hi"}]
 LONG_THOUGHT = "one two three four five six seven eight nine ten 十一 十二 十三 "
 THINK, ANSWER = "<think>\nHm.\n</think>\n", "<answer>\nYes.\n</answer>"
 
 
 def plain_shapes() -> list[Shape]:
     """Shapes that a server can be made to say: no call, so no grammar meddles."""
-    chosen = [shape for shape in SHAPES if not shape.calls and shape.begun in ("", FAST)]
-    return [shape for shape in chosen if len(shape.text) > 1]
+    unbegun = [shape for shape in SHAPES if not shape.calls and shape.begun in ("", FAST)]
+    return [shape for shape in unbegun if shape.mode != "tools" or "{" not in shape.text]
 
 
 def models(folder: Path, shapes: list[Shape]) -> Iterator[tuple[Path, dict[str, Shape]]]:
@@ -80,7 +83,6 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     book.add("sunny;", "<think>\nIt says sun.\n</think>\n<answer>\n助手：Sun in Beijing.\n</answer>")
     book.add("chatter;", "<think>\nI would rather talk.\n</think>\n<answer>\nLet us talk.\n</answer>")
     book.add("fields;", '<think>\nFields.\n</think>\n<answer>\n{"side": "left"}\n</answer>')
-    book.add("circle;", "<think>\nround and round ", then="roun")
     model = book.write(tmp_path_factory.mktemp("format") / "m.gguf", fallback())
     with serve(ServerOptions(model, port=0, threads=1)) as endpoint:
         yield endpoint.url
@@ -103,17 +105,28 @@ def test_the_vendor_s_switches_are_the_user_s_text(url: str, words: str) -> None
     assert prompt == f"<|startoftext|>{words}<|extra_0|>"
 
 
-@pytest.mark.parametrize("budget", [0, 1, 2, 5, 9])
+@pytest.fixture(scope="module")
+def dawdler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server whose model never ends a thought by itself, and answers where one has been ended."""
+    book = Book()
+    book.add("", f"<think>\n{LONG_THOUGHT}", circle=4)
+    book.add("", "Done.\n</answer>", closed=True)
+    with serve(
+        ServerOptions(book.write(tmp_path_factory.mktemp("dawdler") / "m.gguf", fallback()), port=0, threads=1)
+    ) as endpoint:
+        yield endpoint.url
+
+
+@pytest.mark.parametrize("budget", [0, 1, 2, 5, 9, 40])
 @pytest.mark.parametrize("field", ["reasoning_budget_tokens", "thinking_budget_tokens"])
-def test_a_budget_ends_the_thought_in_the_model_s_own_way(url: str, budget: int, field: str) -> None:
-    message, deltas = stream(url, "dawdle;", **{field: budget})
-    # the script's pieces are about four characters long; the thought stops after the budget's tokens
+def test_a_budget_ends_the_thought_in_the_model_s_own_way(dawdler: str, budget: int, field: str) -> None:
+    message, deltas = stream(dawdler, "hi", **{field: budget})
     thoughts = [delta["reasoning_content"] for delta in deltas if delta.get("reasoning_content")]
-    assert ("\n" + LONG_THOUGHT).replace("\n", "").startswith(message.reasoning)
-    assert len(thoughts) <= budget
-    assert (budget < 2) or message.reasoning
-    assert "<" not in message.content
-    assert message_of(ask(url, "dawdle;", **{field: budget})) == message
+    # one delta for each token of the thought; pieces are four characters or a few more
+    assert budget - 2 <= len(thoughts) <= budget
+    assert (LONG_THOUGHT * 9).startswith(message.reasoning[: len(LONG_THOUGHT)])
+    assert message.content == "Done."
+    assert message_of(ask(dawdler, "hi", **{field: budget})) == message
 
 
 def test_a_budget_that_suffices_changes_nothing(url: str) -> None:
@@ -122,42 +135,42 @@ def test_a_budget_that_suffices_changes_nothing(url: str) -> None:
     )
 
 
-def test_a_budget_ends_characters_whole(url: str) -> None:
-    for budget in range(10, 24):
-        reasoning = message_of(ask(url, "dawdle;", reasoning_budget_tokens=budget)).reasoning
-        assert LONG_THOUGHT.startswith(reasoning), budget
+def test_a_budget_ends_characters_and_tags_whole(tmp_path: Path) -> None:
+    halves = [b"\xe5\x8d", b"\x81\xe4", b"\xb8\x80", "</", "thi", "nk> ", "<answ", "er>", "So."]
+    scripts = [Script(["<think", ">", *halves]), Script(["Done."], after=NEWLINE)]
+    with serve(
+        ServerOptions(write_scripted(tmp_path / "m.gguf", scripts, template=fallback()), port=0, threads=1)
+    ) as endpoint:
+        said = [message_of(ask(endpoint.url, "hi", reasoning_budget_tokens=budget)) for budget in range(8)]
+    ended, by_itself = Message("十一", "Done.", ()), Message("十一", "So.", ())
+    assert said == [Message("", "Done.", ()), *[ended] * 3, *[by_itself] * 4]
 
 
-def test_what_a_budget_says_before_it_ends_the_thought(url: str) -> None:
-    message = message_of(ask(url, "dawdle;", reasoning_budget_tokens=4, reasoning_budget_message="\nEnough."))
+def test_what_a_budget_says_before_it_ends_the_thought(dawdler: str) -> None:
+    more = {"reasoning_budget_tokens": 4, "reasoning_budget_message": "\nEnough."}
+    message = message_of(ask(dawdler, "hi", **more))
     assert message.reasoning.endswith("\nEnough.")
+    assert message.content == "Done."
 
 
-def test_a_thought_is_ended_on_request(url: str) -> None:
-    body = {
-        "messages": [{"role": "user", "content": "circle;"}],
-        "max_tokens": 3000,
-        "stream": True,
-        "reasoning_control": True,
-    }
-    text, asked = {"reasoning_content": "", "content": ""}, False
-    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=TIMEOUT) as lines:
+def test_a_thought_is_ended_on_request(dawdler: str) -> None:
+    body = {"messages": QUESTION, "max_tokens": 3000, "stream": True, "reasoning_control": True}
+    said: list[str] = []
+    thought = 0
+    with httpx.stream("POST", f"{dawdler}/v1/chat/completions", json=body, timeout=TIMEOUT) as lines:
         for line in lines.iter_lines():
             if not line.startswith("data: {"):
                 continue
             chunk = json.loads(line.removeprefix("data: "))
-            for choice in chunk["choices"]:
-                for name in text:
-                    text[name] += choice["delta"].get(name) or ""
-            if len(text["reasoning_content"]) > 50 and not asked:
+            delta = chunk["choices"][0]["delta"]
+            said.append(delta.get("content") or "")
+            thought += bool(delta.get("reasoning_content"))
+            if thought == 20:
                 control = {"id": chunk["id"], "action": "reasoning_end"}
-                asked = httpx.post(f"{url}/v1/chat/completions/control", json=control, timeout=TIMEOUT).json()[
-                    "success"
-                ]
-                assert asked
-            if text["content"]:
-                break
-    assert text["content"]
+                answer = httpx.post(f"{dawdler}/v1/chat/completions/control", json=control, timeout=TIMEOUT)
+                assert answer.json()["success"]
+    assert "".join(said) == "Done."
+    assert thought < 2000
 
 
 @pytest.mark.parametrize(
@@ -183,17 +196,17 @@ def test_an_answer_that_is_cut_keeps_what_came(url: str) -> None:
 
 
 def test_calls_whole_and_streamed(url: str) -> None:
-    answer = ask(url, "weather;", tools=[WEATHER, CLOCK])
+    answer = ask(url, "weather;", **PARALLEL)
     assert answer["choices"][0]["finish_reason"] == "tool_calls"
     assert message_of(answer) == Message("Look.", "", TWO_CALLS)
-    message, deltas = stream(url, "weather;", tools=[WEATHER, CLOCK])
+    message, deltas = stream(url, "weather;", **PARALLEL)
     assert message == Message("Look.", "", TWO_CALLS)
     arguments = [call for delta in deltas for call in delta.get("tool_calls") or []]
     assert len(arguments) > 4, "arguments grow"
 
 
 def test_no_calls_where_none_are_wanted(url: str) -> None:
-    message = message_of(ask(url, "weather;", tools=[WEATHER, CLOCK], tool_choice="none"))
+    message = message_of(ask(url, "weather;", **PARALLEL, tool_choice="none"))
     assert not message.calls
     assert json.loads(message.content)[0]["name"] == "get_weather"
 
@@ -220,9 +233,10 @@ def test_a_call_that_is_required_is_made(url: str, tool_choice: Any, name: str |
     assert argument in [("side", "left"), ("side", "right"), ("at", "once"), ("at", "noon")]
 
 
-def test_a_budget_and_a_required_call(url: str) -> None:
+def test_a_budget_and_a_required_call(dawdler: str) -> None:
     more = {"tools": [SHORT], "tool_choice": "required", "parallel_tool_calls": False, "reasoning_budget_tokens": 5}
-    message = message_of(ask(url, "dawdle;", **more))
+    message = message_of(ask(dawdler, "hi", **more))
+    assert message.reasoning
     assert LONG_THOUGHT.startswith(message.reasoning)
     assert [call.name for call in message.calls] == ["turn"]
 
@@ -269,17 +283,16 @@ def test_a_grammar_of_the_request_s_own_is_the_whole_content(url: str) -> None:
 def test_tools_round_trip_with_the_openai_client(url: str) -> None:
     with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
         create = client.chat.completions.create
-        tools: Any = [WEATHER, CLOCK]
         history: list[ChatCompletionMessageParam] = [{"role": "user", "content": "weather;"}]
-        first = create(model="any", messages=history, tools=tools, max_tokens=200).choices[0].message
+        first = create(model="any", messages=history, max_tokens=200, **PARALLEL).choices[0].message
         calls = first.tool_calls or []
         assert [call.type for call in calls] == ["function", "function"]
         history.append(first.to_dict())  # type: ignore[arg-type]
         history += [{"role": "tool", "tool_call_id": call.id, "content": "sunny;"} for call in calls]
-        second = create(model="any", messages=history, tools=tools, max_tokens=200).choices[0].message
+        second = create(model="any", messages=history, max_tokens=200, **PARALLEL).choices[0].message
         assert second.content == "Sun in Beijing."
         assert not second.tool_calls
-        chunks = list(create(model="any", messages=history, tools=tools, max_tokens=200, stream=True))
+        chunks = list(create(model="any", messages=history, max_tokens=200, **PARALLEL, stream=True))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == "Sun in Beijing."
 
 
