@@ -40,7 +40,7 @@ def vendor_template(data: Path) -> str:
 
 
 def write_model(path: Path, template: str) -> Path:
-    """Write a model that answers each word below in its own way, and all others; the second where a thought is closed."""
+    """Write a model that answers each word below in its own way, and all others."""
     book = Book()
     book.add("", f"{THINK}<answer>\nYes.\n</answer>")
     book.add("", "<answer>\nAt once.\n</answer>", closed=True)

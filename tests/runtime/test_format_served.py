@@ -299,9 +299,13 @@ def test_tools_round_trip_with_the_openai_client(url: str) -> None:
 
 def test_a_message_is_continued(url: str) -> None:
     history = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Yes, and "}]
-    body = {"messages": history, "continue_final_message": True, "add_generation_prompt": False}
-    prompt = httpx.post(f"{url}/apply-template", json=body, timeout=TIMEOUT).json()["prompt"]
+    more = {"continue_final_message": True, "add_generation_prompt": False}
+    prompt = httpx.post(f"{url}/apply-template", json={"messages": history, **more}, timeout=TIMEOUT).json()["prompt"]
     assert prompt == "<|startoftext|>hi<|extra_0|><think>\n\n</think>\n<answer>\nYes, and "
+    whole, streamed = message_of(ask(url, history, **more)), stream(url, history, **more)[0]
+    # as llama.cpp does it: the whole message at once has the words that were given, the deltas have not
+    assert whole.content == "Yes, and " + streamed.content
+    assert streamed.content
 
 
 @pytest.fixture(scope="module", params=["fallback", pytest.param("vendor", marks=pytest.mark.data)])
