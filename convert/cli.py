@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 
 
-WRITING = ("quant", "imatrix", "recipe", "split_max_size", "overwrite", "restart")
+WRITING = ("quant", "imatrix", "recipe", "split_max_size", "overwrite", "restart", "keep_template")
 
 
 def _size(text: str) -> int:
@@ -63,6 +63,10 @@ def convert(
     revision: Annotated[
         str | None, typer.Option(metavar="REV", help="Branch, tag or commit of the repository.", show_default="main")
     ] = None,
+    keep_template: Annotated[
+        bool,
+        typer.Option("--keep-template", help="Carry the vendor's chat template unchanged; by default it is repaired."),
+    ] = False,
     keep_shards: Annotated[
         bool, typer.Option("--keep-shards", help="Keep what is downloaded, in OUT.hub, instead of removing it.")
     ] = False,
@@ -125,6 +129,7 @@ def convert(
         verify=verify,
         revision=revision,
         keep_shards=keep_shards,
+        keep_template=keep_template,
     )
     result = converter.convert(options)
     names = f"{out}" if len(result.files) == 1 else f"{result.files[0]} and {len(result.files) - 1} more"

@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -44,7 +43,7 @@ def endpoint(template: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 def sendable(messages: list[Message]) -> list[Message]:
-    """What the server takes: tool results are text there, and an assistant's message at the end is one to go on with."""
+    """What the server takes: tool results are text there, and no assistant has the last word."""
     made = copy.deepcopy(messages)
     if made[-1]["role"] == "assistant":
         made.append({"role": "user", "content": "More."})
