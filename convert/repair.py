@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from gguf import GGML_QUANT_VERSION, GGUFReader, GGUFValueType, GGUFWriter
+from gguf import GGML_QUANT_VERSION, GGUFValueType, GGUFWriter
 from gguf.gguf_writer import WriterState
 
 import hymoe
@@ -27,6 +27,7 @@ from hymoe import console, sizes
 from hymoe.console import Tick
 from hymoe.convert import metadata
 from hymoe.convert.architectures import Key, hunyuan_a13b
+from hymoe.convert.head import Head, read_head
 from hymoe.convert.journal import sync_folder
 from hymoe.convert.split import PART_NAME, part_name
 from hymoe.convert.vocab import TokenType, byte_alphabet, merges_of, text_form
@@ -78,9 +79,9 @@ def examine(source: Path, *, keep_template: bool = False) -> Repair:
     UnsupportedError for another architecture.
     """
     parts = _parts(source)
-    readers = [_read(part) for part in parts]
-    first = readers[0]
-    values = {key: field.contents() for key, field in first.fields.items() if not key.startswith("GGUF.")}
+    heads = [read_head(part) for part in parts]
+    first = heads[0]
+    values = {key: entry.value for key, entry in first.entries.items()}
     if values.get("general.architecture") != ARCH:
         raise UnsupportedError(
             f"{source}: architecture",
@@ -88,12 +89,12 @@ def examine(source: Path, *, keep_template: bool = False) -> Repair:
             expected=ARCH,
             fix="--repair knows Hunyuan-A13B, the only model of hymoe's that other tools convert",
         )
-    shapes = {tensor.name: tuple(map(int, reversed(tensor.shape))) for each in readers for tensor in each.tensors}
+    shapes = {name: shape for head in heads for name, shape in head.shapes.items()}
     wanted = {key.key: key for key in _keys(source, values, shapes, keep_template=keep_template)}
-    new = [key for key in wanted.values() if not _same(first, values, key)]
+    new = [key for key in wanted.values() if not _same(first, key)]
     changes = [Change(key.key, values.get(key.key), key.value) for key in new if key.key not in PROVENANCE]
     changes += [Change(key, values[key], None) for key in DROPPED if key in values]
-    return Repair(parts, _head(first, new), int(first.data_offset), tuple(changes))
+    return Repair(parts, _head(first, new), first.data_offset, tuple(changes))
 
 
 def write(repair: Repair, out: Path, *, overwrite: bool = False) -> tuple[Path, ...]:
@@ -138,25 +139,6 @@ def _parts(source: Path) -> tuple[Path, ...]:
     if missing:
         raise ModelFileError(f"{missing}: no such file", expected=f"{len(parts)} parts", fix="download all of them")
     return parts
-
-
-def _read(path: Path) -> GGUFReader:
-    try:
-        reader = GGUFReader(path)
-    except FileNotFoundError as exc:
-        raise ModelFileError(f"{path}: no such file", expected="a GGUF file") from exc
-    except OSError as exc:
-        raise ModelFileError(f"{path}: cannot be read", got=exc.strerror or exc) from exc
-    except (ValueError, KeyError, IndexError, OverflowError, MemoryError) as exc:
-        raise ModelFileError(f"{path}: no GGUF, or a damaged one", got=exc, fix="download or convert it again") from exc
-    end = max((int(tensor.data_offset) + int(tensor.n_bytes) for tensor in reader.tensors), default=0)
-    if end > path.stat().st_size:
-        raise ModelFileError(
-            f"{path}: truncated", got=f"{path.stat().st_size} bytes", expected=end, fix="download it again"
-        )
-    if reader.byte_order != "I":
-        raise UnsupportedError(f"{path}: byte order", got="big-endian", expected="little-endian")
-    return reader
 
 
 # -- the metadata -----------------------------------------------------------------------------------------------------
@@ -246,32 +228,29 @@ def _merges(tokens: list[str], types: list[int]) -> list[str]:
     return [f"{text(left)} {text(right)}" for left, right in merges_of(ranks)]
 
 
-def _same(reader: GGUFReader, values: Values, key: Key) -> bool:
+def _same(head: Head, key: Key) -> bool:
     """Whether the file has the key with this value and type; floats as float32 holds them."""
-    field = reader.fields.get(key.key)
-    if field is None or field.types[0] != GGUFValueType[key.kind]:
+    entry = head.entries.get(key.key)
+    if entry is None or entry.kind != GGUFValueType[key.kind]:
         return False
     value = float(np.float32(key.value)) if key.kind == "FLOAT32" else key.value
-    return bool(values[key.key] == value)
+    return bool(entry.value == value)
 
 
-def _head(reader: GGUFReader, new: list[Key]) -> bytes:
+def _head(old: Head, new: list[Key]) -> bytes:
     """Give header, metadata and tensor table: new keys, then the old ones and the table byte for byte."""
     replaced = {"general.architecture", *(key.key for key in new), *DROPPED}
-    kept = [field for name, field in reader.fields.items() if not name.startswith("GGUF.") and name not in replaced]
-    table = [tensor.field for tensor in reader.tensors]
+    kept = [entry.raw for key, entry in old.entries.items() if key not in replaced]
     stream = io.BytesIO()
-    stream.write(b"GGUF" + struct.pack("<IQQ", 3, len(table), 1 + len(new) + len(kept)))
-    writer = GGUFWriter(None, ARCH)
+    stream.write(b"GGUF" + struct.pack("<IQQ", 3, len(old.shapes), 1 + len(new) + len(kept)))
+    writer = GGUFWriter(None, ARCH)  # which writes the architecture first
     for key in new:
         writer.add_key_value(key.key, key.value, GGUFValueType[key.kind])
     writer.fout, writer.state = [stream], WriterState.HEADER
     writer.write_kv_data_to_file()
-    for field in (*kept, *table):
-        n_bytes = sum(int(part.nbytes) for part in field.parts)
-        stream.write(reader.data[field.offset : field.offset + n_bytes].tobytes())
+    stream.write(b"".join((*kept, old.table)))
     head = stream.getvalue()
-    return head.ljust(sizes.padded(len(head), int(reader.alignment)), b"\0")
+    return head.ljust(sizes.padded(len(head), old.alignment), b"\0")
 
 
 def _short(value: Any) -> str:

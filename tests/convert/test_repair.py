@@ -10,6 +10,7 @@ import subprocess
 import sys
 from functools import lru_cache
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,10 @@ from hymoe.chat_templates import fallback, repair
 from hymoe.convert import repair as repairs
 from hymoe.convert.cli import main
 from hymoe.convert.convert import ConvertOptions, convert
+from hymoe.convert.head import read_head
 from hymoe.convert.miniature import Spec, write
 from hymoe.convert.split import part_name
+from hymoe.errors import HyError
 
 SIZES: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_head_kv": 1, "head_dim": 128, "n_embd": 256, "n_expert": 8}
 # What a repaired file keeps as it finds it: who made it and from what, not what a reader needs to run it.
@@ -226,6 +229,40 @@ def test_inputs_that_are_refused(
     assert not out.exists()
 
 
+def test_the_head_is_what_gguf_py_reads(small: Path) -> None:
+    head, reader = read_head(small), GGUFReader(small)
+    fields = {key: field for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+    assert {key: entry.value for key, entry in head.entries.items()} == {
+        key: field.contents() for key, field in fields.items()
+    }
+    assert {key: entry.kind for key, entry in head.entries.items()} == {
+        key: field.types[0] for key, field in fields.items()
+    }
+    assert head.shapes == {tensor.name: tuple(map(int, reversed(tensor.shape))) for tensor in reader.tensors}
+    assert head.data_offset == reader.data_offset
+    assert head.data_end <= small.stat().st_size
+
+
+def test_damaged_heads_are_one_line(small: Path, tmp_path: Path) -> None:
+    """Bytes changed and files cut anywhere: read as something, or refused; never a traceback."""
+    random = Random(6)
+    raw = small.read_bytes()
+    n_head = read_head(small).data_offset
+    refused = 0
+    for _ in range(300):
+        spoiled = bytearray(raw if random.random() < 0.8 else raw[: random.randrange(n_head)])
+        for _ in range(random.choice((1, 2, 8))):
+            at = random.randrange(min(len(spoiled), random.choice((64, n_head))) or 1)
+            spoiled[at : at + 1] = bytes([random.choice((0, 1, 255, random.randrange(256)))])
+        (tmp_path / "spoiled.gguf").write_bytes(spoiled)
+        try:
+            repairs.examine(tmp_path / "spoiled.gguf")
+        except HyError as exc:
+            refused += 1
+            assert "\n" not in str(exc)
+    assert refused > 100
+
+
 def test_usage(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for options in (["--quant", "Q8_0"], ["--verify"], ["--split-max-size", "1G"], ["--keep-shards"]):
         assert main(["--repair", str(small), str(tmp_path / "out.gguf"), *options]) == 2
@@ -243,7 +280,7 @@ def test_a_disk_that_fills_up_leaves_nothing(
     assert done.returncode == 1
     assert "error: " in done.stderr
     assert sorted(file.name for file in tmp_path.iterdir()) == ["small.gguf"]
-    monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10**9, 10**9, 1000))  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     assert "disk too small" in fails(capsys, small, out)
 
 

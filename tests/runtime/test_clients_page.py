@@ -8,6 +8,7 @@ import json
 import re
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from scripted_model import Script, cut, write_scripted
 
@@ -38,7 +39,7 @@ def test_mikupads_instruct_template_makes_the_templates_prompts() -> None:
     roles = ("user", "assistant")
     messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)]
     for name, entry in entries.items():
-        thinking = {"enable_thinking": False} if "no thinking" in name else {}
+        thinking: dict[str, Any] = {"enable_thinking": False} if "no thinking" in name else {}
         first = f"{entry['instPre']}U1{entry['instSuf']}"
         assert first.removeprefix("<|eos|>") == render(fallback(), messages[:1], **thinking)
         system = f"{entry['sysPre']}S{entry['sysSuf']}{first}"
