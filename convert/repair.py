@@ -152,13 +152,16 @@ def _keys(source: Path, values: Values, shapes: Mapping[str, tuple[int, ...]], *
         yield from hunyuan_a13b.metadata(_hparams(values, shapes))
     except (KeyError, IndexError) as exc:
         raise ModelFileError(f"{source}: not a complete {ARCH} model", got=f"no {exc.args[0]}") from exc
-    tokens = values.get("tokenizer.ggml.tokens", ())
+    tokens = values.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list):
+        raise ModelFileError(f"{source}: tokenizer.ggml.tokens", got=_short(tokens), expected="a vocabulary")
     model = BY_VOCABULARY.get((ARCH, len(tokens)))
     if model is None:
         console.warn(f"{source.name}: {len(tokens)} tokens are not Hunyuan-A13B's vocabulary: it is left as it is")
     else:
         yield from _vocabulary(source, values, model)
     vendors = values.get("tokenizer.chat_template")
+    vendors = vendors if isinstance(vendors, str) else None
     origin = values.get("hymoe.chat_template")
     if origin is None or (origin == "vendor" and not keep_template):
         yield from metadata.template(vendors, keep=keep_template)
@@ -169,28 +172,42 @@ def _keys(source: Path, values: Values, shapes: Mapping[str, tuple[int, ...]], *
 def _hparams(values: Values, shapes: Mapping[str, tuple[int, ...]]) -> hunyuan_a13b.HParams:
     """Read the graph's sizes, from tensors where these say them. Raises KeyError naming what is absent."""
     n_ff_exp, n_ff_shexp = shapes["blk.0.ffn_gate_exps.weight"][1], shapes["blk.0.ffn_gate_shexp.weight"][0]
-    n_expert_used = values[f"{ARCH}.expert_used_count"]
+    n_expert_used = _integer(values, "expert_used_count")
     if n_expert_used < 2:
         raise UnsupportedError(
             f"{ARCH}.expert_used_count", got=n_expert_used, expected="at least 2", fix="convert the checkpoint instead"
         )
     return hunyuan_a13b.HParams(
-        n_layer=values[f"{ARCH}.block_count"],
-        n_embd=values[f"{ARCH}.embedding_length"],
-        n_head=values[f"{ARCH}.attention.head_count"],
-        n_head_kv=values[f"{ARCH}.attention.head_count_kv"],
+        n_layer=_integer(values, "block_count"),
+        n_embd=_integer(values, "embedding_length"),
+        n_head=_integer(values, "attention.head_count"),
+        n_head_kv=_integer(values, "attention.head_count_kv"),
         head_dim=shapes["blk.0.attn_q_norm.weight"][0],
         n_ff_exp=n_ff_exp,
         n_ff_shexp=n_ff_shexp,
-        n_expert=values[f"{ARCH}.expert_count"],
+        n_expert=_integer(values, "expert_count"),
         n_expert_used=n_expert_used,
-        n_shared=values.get(f"{ARCH}.expert_shared_count", max(n_ff_shexp // n_ff_exp, 1)),
+        n_shared=max(n_ff_shexp // max(n_ff_exp, 1), 1),
         n_vocab=shapes["token_embd.weight"][0],
-        n_ctx_train=values[f"{ARCH}.context_length"],
-        rms_eps=values[f"{ARCH}.attention.layer_norm_rms_epsilon"],
-        rope_base=values[f"{ARCH}.rope.freq_base"],
+        n_ctx_train=_integer(values, "context_length"),
+        rms_eps=_float(values, "attention.layer_norm_rms_epsilon"),
+        rope_base=_float(values, "rope.freq_base"),
         tied="output.weight" not in shapes,
     )
+
+
+def _integer(values: Values, name: str) -> int:
+    value = values[f"{ARCH}.{name}"]
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**32:
+        raise ModelFileError(f"{ARCH}.{name}", got=_short(value), expected="an integer")
+    return value
+
+
+def _float(values: Values, name: str) -> float:
+    value = values[f"{ARCH}.{name}"]
+    if not isinstance(value, float):
+        raise ModelFileError(f"{ARCH}.{name}", got=_short(value), expected="a number")
+    return value
 
 
 def _vocabulary(source: Path, values: Values, model: Published) -> Iterator[Key]:
@@ -209,7 +226,8 @@ def _vocabulary(source: Path, values: Values, model: Published) -> Iterator[Key]
         yield Key("tokenizer.ggml.merges", merges, "ARRAY")
     kinds = {key.removeprefix("general.sampling."): kind for _, key, kind in metadata.SAMPLING}
     for name, value in model.sampling.items():
-        present = values.get(f"general.sampling.{name}", value)
+        present = values.get(f"general.sampling.{name}")
+        present = present if isinstance(present, int | float) else value
         yield Key(f"general.sampling.{name}", present, kinds.get(name, "INT32"))  # type: ignore[arg-type]
 
 
@@ -222,7 +240,7 @@ def _merges(tokens: list[str], types: list[int]) -> list[str]:
             for token, kind in zip(tokens, types, strict=True)
             if kind == TokenType.NORMAL
         ]
-    except (KeyError, ValueError):
+    except (KeyError, TypeError, ValueError):
         return []
     text = text_form()
     return [f"{text(left)} {text(right)}" for left, right in merges_of(ranks)]
