@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,7 @@ OLD_TEMPLATE = (
     "{% set content = '<|startoftext|>' + content + '<|extra_0|>' %}{% endif %}"
     "{% elif message['role'] == 'assistant' %}{% set content = content + '<|eos|>' %}{% endif %}"
     "{{ content }}{% endfor %}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n' }}{%- endif %}"
 )
 N_CTX = 4096
 HIDDEN_STOP = "The first answer ends in the other way."
@@ -42,10 +44,11 @@ ASK = {"temperature": 0, "repeat_penalty": 1.0, "max_tokens": 60}
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What llama.cpp's converter makes of a checkpoint: one end token, the vendor's template, no sampling defaults."""
-    script = Script([*cut(HIDDEN_STOP), STOP_2, *cut(" And more follows.")])
+    ends_otherwise = Script([*cut(HIDDEN_STOP), STOP_2, *cut(" And more follows.")])
+    thinks = Script(cut("<think>\nHm, 1 + 1.\n</think>\n<answer>\nIt is 2.\n</answer>"), when="sum")
     return write_scripted(
         tmp_path_factory.mktemp("foreign") / "foreign.gguf",
-        [script],
+        [ends_otherwise, thinks],
         template=OLD_TEMPLATE,
         end_tokens=(STOP,),
         sampling=(),
@@ -170,6 +173,20 @@ def test_both_end_tokens_end_an_answer(client: httpx.Client) -> None:
     choice = client.post("/v1/chat/completions", json=body).json()["choices"][0]
     assert choice["finish_reason"] == "stop"
     assert choice["message"]["content"] == HIDDEN_STOP
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_thought_and_the_answer_come_apart_without_tags(client: httpx.Client, stream: bool) -> None:
+    body = {"messages": [{"role": "user", "content": "The sum?"}], **ASK, "stream": stream}
+    answer = client.post("/v1/chat/completions", json=body)
+    if stream:
+        events = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: {")]
+        deltas = [choice["delta"] for event in events for choice in json.loads(event)["choices"]]
+    else:
+        deltas = [answer.json()["choices"][0]["message"]]
+    thought, content = ("".join(delta.get(key) or "" for delta in deltas) for key in ("reasoning_content", "content"))
+    assert (thought, content) == ("Hm, 1 + 1.", "It is 2.")
 
 
 @pytest.mark.engine
