@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,8 @@ class ConvertOptions:
     leave what was downloaded beside the output.
     imatrix: an importance matrix for the quantizer; recipe: types for single tensors (hymoe.imatrix.files and .recipe).
     restart: begin again where an interrupted conversion could be continued. split_max_bytes: of each file, where the
-    output is to be split. verify: compare what is written with its source.
+    output is to be split. verify: compare what is written with its source. keep_template: carry the vendor's chat
+    template unchanged.
     """
 
     model: str | Path
@@ -46,6 +48,7 @@ class ConvertOptions:
     verify: bool = False
     revision: str | None = None
     keep_shards: bool = False
+    keep_template: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,11 +77,17 @@ class Result:
 
 
 def prepare(
-    files: Files | Path, quant: str, imatrix: Path | None = None, recipe: Path | None = None, *, look: bool = False
+    files: Files | Path,
+    quant: str,
+    imatrix: Path | None = None,
+    recipe: Path | None = None,
+    *,
+    look: bool = False,
+    keep_template: bool = False,
 ) -> Conversion:
     """Read and check everything but the weights. Raises a HyError that names what is wrong.
 
-    look: for a look at the plan only; weights and vocabulary may then be absent.
+    look: for a look at the plan only; weights and vocabulary may then be absent. keep_template: see ConvertOptions.
     """
     files = Folder(files) if isinstance(files, Path) else files
     if "config.json" not in files.sizes():
@@ -100,7 +109,7 @@ def prepare(
     )
     if "vocabulary" not in unseen:
         vocabulary = read_vocabulary(files.folder, arch.n_vocab, arch.n_extra, padded=arch.padded, merges=not look)
-        keys += (*metadata.tokenizer(vocabulary, arch, files.folder),)
+        keys += (*metadata.tokenizer(vocabulary, arch, files.folder, keep_template=keep_template),)
     names = sorted({ref.file.name for ref in checkpoint.tensors.values()})
     return Conversion(checkpoint, arch, plan, keys, {name: files.identity(name) for name in names}, unseen)
 
@@ -152,14 +161,22 @@ def convert(options: ConvertOptions) -> Result:
     with located(
         options.model, options.revision, options.out, keep=options.keep_shards, restart=options.restart
     ) as files:
-        conversion = prepare(files, options.quant, options.imatrix, options.recipe)
-        for item in conversion.plan.dropped:
-            why = "a copy of the embeddings" if isinstance(item, Source) else "no part of the weights"
-            console.detail(f"dropped {item.name}: {why}")
+        conversion = prepare(files, options.quant, options.imatrix, options.recipe, keep_template=options.keep_template)
+        _say_dropped(conversion.plan)
         output = _output(options, conversion)
         with conversion.checkpoint:
             write(output, conversion.checkpoint, tally)
     return Result(tuple(part.path for part in output.parts), output.n_bytes, tally)
+
+
+def _say_dropped(plan: Plan) -> None:
+    """With -v, one line for each kind: a quantized checkpoint has thousands of scales that are no weights."""
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for item in plan.dropped:
+        why = "a copy of the embeddings" if isinstance(item, Source) else "no part of the weights"
+        kinds.setdefault((re.sub(r"\.\d+\.", ".*.", item.name), why), []).append(item.name)
+    for (kind, why), names in kinds.items():
+        console.detail(f"dropped {names[0]}: {why}" if len(names) == 1 else f"dropped {len(names)} of {kind}: {why}")
 
 
 def verify(model: str | Path, gguf: Path, revision: str | None = None) -> Tally:

@@ -11,7 +11,8 @@ from typing import NamedTuple
 from gguf import GGML_QUANT_VERSION, size_label
 
 import hymoe
-from hymoe.chat_templates import fallback
+from hymoe import console
+from hymoe.chat_templates import fallback, repair
 from hymoe.convert.architectures import Architecture, Key
 from hymoe.convert.config import Config, read_json
 from hymoe.convert.plan import Plan
@@ -72,8 +73,8 @@ def sampling(generation: Config) -> Iterator[Key]:
                 yield Key("general.sampling.penalty_last_n", -1, "INT32")
 
 
-def tokenizer(vocabulary: Vocabulary, arch: Architecture, folder: Path) -> Iterator[Key]:
-    """The vocabulary with its begin and end tokens, and the chat template byte for byte."""
+def tokenizer(vocabulary: Vocabulary, arch: Architecture, folder: Path, *, keep_template: bool) -> Iterator[Key]:
+    """The vocabulary with its begin and end tokens, and the chat template, repaired unless it is to be kept."""
     n_vocab = len(vocabulary.tokens)
     for token in arch.end_tokens:
         if not 0 <= token < n_vocab:
@@ -98,7 +99,7 @@ def tokenizer(vocabulary: Vocabulary, arch: Architecture, folder: Path) -> Itera
     # llama.cpp knows one "end of sequence" and one "end of turn" by id; both end an answer.
     for key, token in zip(("eos", "eot", "eom"), arch.end_tokens, strict=False):
         yield Key(f"tokenizer.ggml.{key}_token_id", token, "UINT32")
-    yield Key("tokenizer.chat_template", chat_template(folder), "STRING")
+    yield from template(vendors_template(folder), keep=keep_template)
 
 
 def _byte_pairs(vocabulary: Vocabulary, arch: Architecture) -> Iterator[Key]:
@@ -124,8 +125,25 @@ def _sentencepiece(model: SentencePiece) -> Iterator[Key]:
     yield Key("tokenizer.ggml.add_eos_token", model.add_eos, "BOOL")
 
 
-def chat_template(folder: Path) -> str:
-    """The checkpoint's template: chat_template.jinja, else tokenizer_config.json's; our plain one where it has none."""
+def template(vendors: str | None, *, keep: bool) -> Iterator[Key]:
+    """The chat template, and where it is from.
+
+    "vendor": as published, by choice or because no repair applies; "repaired"; "plain": ours, where there is none.
+    """
+    text, origin = (vendors, "vendor") if vendors else (fallback(), "plain")
+    if vendors and not keep:
+        repaired = repair(vendors)
+        if repaired.applied:
+            text, origin = repaired.text, "repaired"
+            console.detail(f"chat template repaired ({', '.join(repaired.applied)}); --keep-template leaves it")
+        if repaired.still_mutates:
+            console.warn("the chat template changes a dict in place, which the engine refuses; no known repair fits it")
+    yield Key("tokenizer.chat_template", text, "STRING")
+    yield Key("hymoe.chat_template", origin, "STRING")
+
+
+def vendors_template(folder: Path) -> str | None:
+    """Read the checkpoint's template: chat_template.jinja, else tokenizer_config.json's; None where it has none."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         if file.stat().st_size > MAX_TEMPLATE_BYTES:
@@ -137,14 +155,12 @@ def chat_template(folder: Path) -> str:
         except UnicodeDecodeError as exc:
             raise CheckpointError(f"{file.name}: not UTF-8 text ({exc.reason})", fix="download the file again") from exc
     config = folder / "tokenizer_config.json"
-    template = read_json(config).get("chat_template") if config.is_file() else None
-    if isinstance(template, list):  # transformers also stores several, by name
-        template = next(
-            (e.get("template") for e in template if isinstance(e, dict) and e.get("name") == "default"), None
-        )
-    if template is not None and not isinstance(template, str):
-        raise CheckpointError(f"{config.name}: chat_template", got=type(template).__name__, expected="a string")
-    return template or fallback()
+    found = read_json(config).get("chat_template") if config.is_file() else None
+    if isinstance(found, list):  # transformers also stores several, by name
+        found = next((e.get("template") for e in found if isinstance(e, dict) and e.get("name") == "default"), None)
+    if found is not None and not isinstance(found, str):
+        raise CheckpointError(f"{config.name}: chat_template", got=type(found).__name__, expected="a string")
+    return found or None
 
 
 def provenance(folder: Path) -> Provenance:

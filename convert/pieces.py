@@ -74,6 +74,13 @@ def cut(tensor: PlannedTensor, number: int, file: int, offset: int) -> Iterator[
             offset += piece.n_bytes
 
 
+def n_workers() -> int:
+    """Number of threads: the processors that this process may use, as far as memory allows."""
+    # Absent outside Linux; a container or taskset may leave us fewer than the machine has.
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MAX_WORKERS, allowed)
+
+
 def in_parallel(
     checkpoint: Checkpoint,
     pieces: Sequence[Piece],
@@ -89,7 +96,7 @@ def in_parallel(
     pieces = checkpoint.arrange(pieces)
     waiting = iter(pieces)
     in_flight: deque[Future[ResultT]] = deque()
-    workers = min(MAX_WORKERS, os.cpu_count() or 1)
+    workers = n_workers()
     with ThreadPoolExecutor(workers) as pool:
         try:
             for piece in pieces:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 
@@ -10,7 +9,7 @@ from rich.table import Table
 
 from hymoe import console
 from hymoe.convert.convert import Conversion
-from hymoe.convert.pieces import MAX_WORKERS, PIECE_BYTES
+from hymoe.convert.pieces import PIECE_BYTES, n_workers
 from hymoe.convert.plan import Plan
 
 # Resident bytes of the interpreter, the libraries, the plan and the vocabulary; and what a worker holds, in pieces.
@@ -65,4 +64,4 @@ def totals(conversion: Conversion) -> Iterator[str]:
 
 def peak_memory() -> int:
     """Resident bytes a conversion needs at most on this machine, whatever the model's size."""
-    return BASE_BYTES + min(MAX_WORKERS, os.cpu_count() or 1) * PIECES_PER_WORKER * PIECE_BYTES
+    return BASE_BYTES + n_workers() * PIECES_PER_WORKER * PIECE_BYTES

@@ -8,8 +8,9 @@ built: a vocabulary of 128,000 strings costs some 50 ms here and seconds in gguf
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from struct import Struct
 from types import MappingProxyType
@@ -20,6 +21,7 @@ Scalar = int | float | bool | str
 
 ARCHITECTURES = ("hunyuan-moe",)
 VERSIONS = (2, 3)
+TOKENS = "tokenizer.ggml.tokens"
 
 # Keys are no longer by specification; no text of a real model comes near its limit. Arrays, which are not copied, may.
 MAX_KEY_BYTES = 2**16 - 1
@@ -44,11 +46,20 @@ _SCALARS = {
 
 
 @dataclass(frozen=True)
+class Strings:
+    """Where an array of strings lies in the file: `count` of them from byte `offset`."""
+
+    count: int
+    offset: int
+
+
+@dataclass(frozen=True)
 class Header:
-    """What the head of a GGUF says; `scalars` holds every key whose value is no array."""
+    """What the head of a GGUF says: every key whose value is no array, and where the arrays of strings are."""
 
     path: Path
     scalars: Mapping[str, Scalar]
+    strings: Mapping[str, Strings] = field(default_factory=dict)
 
     @property
     def architecture(self) -> str:
@@ -65,6 +76,12 @@ class Header:
     def chat_template(self) -> str | None:
         """Give the chat template's text, None where there is none."""
         return self._text("tokenizer.chat_template") or None
+
+    @property
+    def n_vocab(self) -> int:
+        """Give the number of tokens, 0 where there is no vocabulary."""
+        tokens = self.strings.get(TOKENS)
+        return tokens.count if tokens else 0
 
     def _text(self, key: str) -> str:
         value = self.scalars.get(key)
@@ -105,17 +122,34 @@ def read(path: Path) -> Header:
             expected="a GGUF file",
             fix="hy-convert makes one from a checkpoint folder",
         )
+    with _mapped(path) as reader:
+        return reader.header()
+
+
+@contextmanager
+def _mapped(path: Path) -> Iterator[_Reader]:
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)
             if not size:
                 raise ModelFileError(f"{path}: not a GGUF", got="an empty file", expected="'GGUF' at its start")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _Reader(path, data, size).header()
+                yield _Reader(path, data, size)
     except FileNotFoundError as exc:
         raise ModelFileError(f"{path}: no such file", expected="a GGUF file", fix="hy-convert makes one") from exc
     except OSError as exc:
         raise ModelFileError(f"{path}: cannot be read", got=exc.strerror or exc) from exc
+
+
+def token_ids(header: Header, wanted: Collection[str]) -> dict[str, int]:
+    """Find tokens by their text; of a text that is there twice the last. Raises ModelFileError as `read` does."""
+    array = header.strings.get(TOKENS)
+    if array is None:
+        return {}
+    texts = {text.encode(): text for text in wanted}
+    with _mapped(header.path) as reader:
+        reader.at = array.offset
+        return {texts[token]: i for i, token in enumerate(reader.strings(array.count)) if token in texts}
 
 
 class _Reader:
@@ -150,22 +184,32 @@ class _Reader:
             )
         _n_tensors, n_kv = int(self._scalar(_U64)), int(self._scalar(_U64))
         scalars: dict[str, Scalar] = {}
+        strings: dict[str, Strings] = {}
         for index in range(n_kv):
             self.where = f"metadata entry {index + 1} of {n_kv}"
             key = self._string(MAX_KEY_BYTES)
             self.where = key[:80]
             value = self._value(int(self._scalar(_U32)))
-            if value is not None:
+            if isinstance(value, Strings):
+                strings[key] = value
+            elif value is not None:
                 scalars[key] = value
-        return Header(self.path, MappingProxyType(scalars))
+        return Header(self.path, MappingProxyType(scalars), MappingProxyType(strings))
 
-    def _value(self, kind: int) -> Scalar | None:
-        """Read a value; an array is stepped over and gives None."""
+    def strings(self, count: int) -> Iterator[bytes]:
+        """Read `count` strings, which have been stepped over before."""
+        for _ in range(count):
+            length = int(self._scalar(_U64))
+            self._require(length)
+            yield self.data[self.at : self.at + length]
+            self.at += length
+
+    def _value(self, kind: int) -> Scalar | Strings | None:
+        """Read a value; an array is stepped over, and one of strings remembered."""
         if kind == _STRING:
             return self._string(MAX_TEXT_BYTES)
         if kind == _ARRAY:
-            self._skip_array()
-            return None
+            return self._skip_array()
         if kind not in _SCALARS:
             raise self._malformed(f"value type {kind}", "a type from 0 to 12")
         return self._scalar(_SCALARS[kind])
@@ -190,16 +234,18 @@ class _Reader:
         except UnicodeDecodeError as exc:
             raise self._malformed("a string that is no UTF-8", "UTF-8") from exc
 
-    def _skip_array(self) -> None:
+    def _skip_array(self) -> Strings | None:
         kind, count = int(self._scalar(_U32)), int(self._scalar(_U64))
         if kind in _SCALARS:
             n_bytes = count * _SCALARS[kind].size
             self._require(n_bytes)
             self.at += n_bytes
-        elif kind == _STRING:
+            return None
+        if kind == _STRING:
+            found = Strings(count, self.at)
             self._skip_strings(count)
-        else:
-            raise self._malformed(f"an array of type {kind}", "an array of numbers or strings")
+            return found
+        raise self._malformed(f"an array of type {kind}", "an array of numbers or strings")
 
     def _skip_strings(self, count: int) -> None:
         # A hostile count would spin here for hours if the room for the lengths alone were not checked first.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Self
 
 from hymoe import console
 from hymoe.errors import ServerError
-from hymoe.runtime import process
+from hymoe.runtime import overrides, process
 from hymoe.runtime.endpoint import Endpoint, check_api_key
 from hymoe.runtime.header import Header, peek
 
@@ -98,6 +98,7 @@ class Server:
         self.needs_key = True  # whether clients must send a key; False when the engine answers without one
         self._process: subprocess.Popen[bytes] | None = None
         self._log: process.Log | None = None
+        self._overrides: list[overrides.Override] = []
 
     def __enter__(self) -> Self:
         from hymoe import engine
@@ -107,6 +108,9 @@ class Server:
         header = peek(self.options.model)
         tool = engine.find().tool("llama-server")
         self.n_ctx = context_size(self.options.ctx, header)
+        self._overrides = overrides.find(header, self.n_ctx, self.options.extra)
+        if self._overrides:
+            console.status(overrides.line(header, self._overrides))
         try:
             self._start(tool, header)
         except BaseException:
@@ -148,7 +152,7 @@ class Server:
             options = self._with_port()
             self.endpoint = Endpoint(f"http://{_connect_host(options.host)}:{options.port}", options.api_key)
             self._log = process.Log(options.log)
-            command = command_line(tool, header, options, self.n_ctx)
+            command = command_line(tool, header, options, self.n_ctx, self._overrides)
             console.detail(f"starting {' '.join(command)}")
             self._process = process.spawn(command, _environment(options), self._log.file)
             try:
@@ -246,8 +250,13 @@ def context_size(asked: int | None, header: Header) -> int:
     return asked
 
 
-def command_line(tool: Path, header: Header, options: ServerOptions, n_ctx: int) -> list[str]:
-    """Give the llama-server command; the API key is not in it, it travels in the environment."""
+def command_line(
+    tool: Path, header: Header, options: ServerOptions, n_ctx: int, made_up: Sequence[overrides.Override] = ()
+) -> list[str]:
+    """Give the llama-server command; the API key is not in it, it travels in the environment.
+
+    made_up: what the file lacks and the command makes up for.
+    """
     command = [str(tool), "--model", str(options.model.absolute())]
     command += ["--host", options.host, "--port", str(options.port), "--ctx-size", str(n_ctx)]
     # The vendor's default is to think first; the engine, which sees no thinking in the template, would forbid it.
@@ -261,7 +270,7 @@ def command_line(tool: Path, header: Header, options: ServerOptions, n_ctx: int)
         from hymoe.chat_templates.render import FALLBACK
 
         command += ["--chat-template-file", str(FALLBACK)]
-    return command + list(options.extra)
+    return command + overrides.arguments(made_up) + list(options.extra)
 
 
 def _environment(options: ServerOptions) -> dict[str, str]:

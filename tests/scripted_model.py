@@ -29,6 +29,7 @@ CODES = 3 * HEAD_DIM + 1
 # Logits: of the next token in a script, of its alternative, of the first one of a script with a marker, and what the
 # marker adds to that.
 SURE, DOUBT, HANDICAPPED, MARKED = 300.0, 299.0, 250.0, 100.0
+N_RANKS = 127957  # of Hunyuan-A13B's vocabulary; its special tokens follow
 # A marker once in a prompt of 1000 tokens must still be felt.
 ATTENTION_GAIN = 100.0
 
@@ -84,14 +85,22 @@ def write_scripted(
     sampling: Sequence[tuple[str, float]] = (("temp", 0.0),),
     trained: int = 4096,
     name: str = "scripted",
+    full_vocabulary: bool = False,
 ) -> Path:
-    """Write the model; `end_tokens` go to eos and eot, `sampling` to general.sampling.*."""
+    """Write the model; `end_tokens` go to eos and eot, `sampling` to general.sampling.*.
+
+    full_vocabulary: as many tokens as Hunyuan-A13B has, the special ones in their places; weights are F16 then.
+    """
     markers = [script.when for script in scripts if script.when]
     normal = [*byte_letters(), *_words(scripts)]
-    tokens = [*normal, *SPECIAL, *markers]
+    special = SPECIAL
+    if full_vocabulary:
+        normal += [f"filler{i}" for i in range(N_RANKS - len(markers) - len(normal))]
+        special = [*SPECIAL[:5], *(f"<|extra_{i}|>" for i in range(205))]
+    tokens = [*normal, *markers, *special]
     if len(set(tokens)) != len(tokens) or len(markers) > HEAD_DIM:
         raise ValueError("a piece or a marker twice")
-    kinds = [TokenType.NORMAL] * len(normal) + [TokenType.CONTROL] * len(SPECIAL)
+    kinds = [TokenType.NORMAL] * len(normal) + [TokenType.USER_DEFINED] * len(markers)
     writer = GGUFWriter(path, "hunyuan-moe")
     writer.add_name(name)
     _hparams(writer, trained)
@@ -101,7 +110,7 @@ def write_scripted(
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("hunyuan")
     writer.add_token_list(tokens)
-    writer.add_token_types([*kinds, *[TokenType.USER_DEFINED] * len(markers)])
+    writer.add_token_types([*kinds, *[TokenType.CONTROL] * len(special)])
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(tokens.index("<|startoftext|>"))
     for key, token in zip(("eos", "eot"), end_tokens, strict=False):
@@ -110,7 +119,7 @@ def write_scripted(
     if template is not None:
         writer.add_chat_template(template)
     for tensor, values in _tensors(tokens, markers, scripts).items():
-        writer.add_tensor(tensor, values)
+        writer.add_tensor(tensor, values.astype(np.float16) if full_vocabulary and values.ndim > 1 else values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -150,8 +159,8 @@ def _words(scripts: Sequence[Script]) -> list[str]:
     used = [_entry(piece) for script in scripts for piece in (*script.pieces, *script.doubts.values())]
     if len(set(used)) != len(used):
         raise ValueError(f"pieces in two places: {sorted({piece for piece in used if used.count(piece) > 1})}")
-    single = set(byte_letters())
-    return [piece for piece in used if piece not in single]
+    there = {*byte_letters(), *SPECIAL}
+    return [piece for piece in used if piece not in there]
 
 
 def _tensors(tokens: list[str], markers: list[str], scripts: Sequence[Script]) -> dict[str, NDArray[np.float32]]:

@@ -13,6 +13,7 @@ from hymoe.convert.architectures import Architecture
 from hymoe.convert.checkpoint import Checkpoint
 from hymoe.convert.config import Config
 from hymoe.convert.sources import FORMATS, Floats, Gathered, Source
+from hymoe.convert.sources.grouped import read_group_size
 from hymoe.errors import CheckpointError, UnsupportedError
 
 # config.json's torch_dtype -> format, bits of a weight
@@ -23,10 +24,16 @@ PARTS = ("qzeros", "scales", "g_idx", "input_scale", "output_scale", "k_scale", 
 
 @dataclass(frozen=True)
 class Expected(Source):
-    """A tensor as the config describes it; `bits` of a weight are without the scales."""
+    """A tensor as the config describes it: `bits` of a weight, and of a group's scale and zero point `group_bits`.
+
+    order_bits: of each column's group, where a GPTQ checkpoint stores that.
+    """
 
     stored: str
     bits: int
+    group_size: int = -1
+    group_bits: int = 0
+    order_bits: int = 0
 
     @property
     def format(self) -> str:
@@ -36,7 +43,9 @@ class Expected(Source):
     @property
     def n_bytes(self) -> int:
         """Bytes that it takes, about."""
-        return self.n_rows * self.n_per_row * self.bits // 8
+        n_groups = -(-self.n_per_row // self.group_size) if self.group_size > 0 else 1
+        of_row = self.n_per_row * self.bits + n_groups * self.group_bits
+        return (self.n_rows * of_row + self.n_per_row * self.order_bits) // 8
 
     def read(self, checkpoint: Checkpoint, _first: int, _count: int) -> Floats:
         """Raise CheckpointError: there is nothing to read."""
@@ -52,7 +61,8 @@ def gather(arch: Architecture, config: Config, stored_names: Iterable[str] | Non
 
     Raises UnsupportedError for a format that is not implemented.
     """
-    plain, quantized = _formats(config)
+    stored_names = None if stored_names is None else list(stored_names)
+    plain, quantized = _formats(config, ordered=any(name.endswith(".g_idx") for name in stored_names or ()))
     shapes: dict[str, tuple[int, ...]] = {}
     matrices: dict[str, bool] = {}
     for row, layer in arch.unrolled():
@@ -72,8 +82,11 @@ def gather(arch: Architecture, config: Config, stored_names: Iterable[str] | Non
     }, ()
 
 
-def _formats(config: Config) -> tuple[tuple[str, int], tuple[str, int] | None]:
-    """Read the formats of plain and, where there are any, of quantized tensors: name and bits of a weight."""
+def _formats(config: Config, *, ordered: bool) -> tuple[tuple[str, int], tuple[str, int, int, int, int] | None]:
+    """Read the formats of plain and, where there are any, of quantized tensors: what Expected says of them.
+
+    ordered: columns have their group stored.
+    """
     dtype = config.data.get("torch_dtype", config.data.get("dtype", "bfloat16"))
     if dtype not in DTYPES:
         raise UnsupportedError(f"{config.source}: torch_dtype", got=dtype, expected=" or ".join(DTYPES))
@@ -85,5 +98,7 @@ def _formats(config: Config) -> tuple[tuple[str, int], tuple[str, int] | None]:
         raise UnsupportedError(f"{settings.source}: quant_method", got=method, expected=f"one of {', '.join(FORMATS)}")
     if method in ("gptq", "awq"):
         bits = settings.integer("bits")
-        return DTYPES[dtype], (f"{method.upper()}-Int{bits}", bits)
-    return DTYPES[dtype], ("FP8", 8)
+        size = read_group_size(settings, "group_size", "q_group_size")
+        of_group = DTYPES[dtype][1] + bits
+        return DTYPES[dtype], (f"{method.upper()}-Int{bits}", bits, size, of_group, 32 if ordered else 0)
+    return DTYPES[dtype], ("FP8", 8, -1, 0, 0)

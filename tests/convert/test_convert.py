@@ -205,7 +205,7 @@ def test_published_config(data: Path, tmp_path: Path) -> None:
     folder = data / "a13b"
     arch = architectures.load(Config.load(folder / "config.json"), Config.load(folder / "generation_config.json"))
     vocabulary = read_vocabulary(folder, arch.n_vocab, arch.n_extra)
-    found = {key.key: key.value for key in (*arch.metadata, *tokenizer(vocabulary, arch, folder))}
+    found = {key.key: key.value for key in (*arch.metadata, *tokenizer(vocabulary, arch, folder, keep_template=True))}
     assert found[f"{ARCH}.rope.freq_base"] == pytest.approx(11158839.92507748, rel=1e-12)
     assert found[f"{ARCH}.context_length"] == 262144
     assert found["tokenizer.ggml.bos_token_id"] == 127959
@@ -220,9 +220,11 @@ def test_published_config(data: Path, tmp_path: Path) -> None:
 
 def test_template_file_wins_and_pretrain_gets_ours(mini: Path, tmp_path: Path) -> None:
     from hymoe import chat_templates
-    from hymoe.convert.metadata import chat_template
+    from hymoe.convert.metadata import template
+    from hymoe.convert.metadata import vendors_template as chat_template
 
-    assert chat_template(tmp_path) == chat_templates.fallback()
+    assert chat_template(tmp_path) is None
+    assert next(template(None, keep=False)).value == chat_templates.fallback()
     (tmp_path / "tokenizer_config.json").write_text('{"chat_template": [{"name": "default", "template": "A"}]}')
     assert chat_template(tmp_path) == "A"
     (tmp_path / "chat_template.jinja").write_bytes("{{ '你好' }}\r\n\n".encode())

@@ -152,14 +152,14 @@ def quantized_names(method: str, spec: Spec) -> Iterator[str]:
     ("settings", "source", "size"),
     [
         ({"quant_method": "fp8", "activation_scheme": "static"}, "FP8", 80.9),
-        ({"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True}, "GPTQ-Int4", 41.0),
-        ({"quant_method": "awq", "bits": 4, "group_size": 128}, "AWQ-Int4", 41.0),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True}, "GPTQ-Int4", 42.67),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128}, "AWQ-Int4", 42.67),
     ],
 )
 def test_quantized_sources(
     settings: dict[str, Any], source: str, size: float, full_size: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The formats come from the config and the names in the index; scales are not counted."""
+    """The formats come from the config and the names in the index; sizes are those of the published files."""
     config = json.loads((full_size / "config.json").read_text())
     (full_size / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
     write_index(full_size, list(quantized_names(settings["quant_method"], A13B)))
@@ -168,7 +168,7 @@ def test_quantized_sources(
     found = {row["tensor"]: row["source"] for row in rows(out)}
     assert {found["blk.*.attn_q.weight"], found["blk.*.ffn_up_exps.weight"]} == {source}
     assert {found["token_embd.weight"], found["blk.*.ffn_gate_inp.weight"], found["output_norm.weight"]} == {"BF16"}
-    assert gigabytes(out, "reads") == pytest.approx(size, rel=0.01)
+    assert gigabytes(out, "reads") == pytest.approx(size, rel=2e-3)
     assert gigabytes(out, "writes") == pytest.approx(160.8, rel=1e-3)
 
 
