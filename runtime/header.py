@@ -18,7 +18,7 @@ from hymoe.errors import ModelFileError
 
 Scalar = int | float | bool | str
 
-ARCHITECTURES = ("hunyuan-moe",)
+ARCHITECTURES = ("hunyuan-moe", "hunyuan-large")
 VERSIONS = (2, 3)
 
 # Keys are no longer by specification; no text of a real model comes near its limit. Arrays, which are not copied, may.

@@ -26,7 +26,7 @@ OVERRIDE_TAGS: dict[str, tuple[int, str, Callable[[str], Any]]] = {
     "float": (1, "val_f64", float),
     "bool": (2, "val_bool", "true".__eq__),
 }
-KV_TYPES = {"f32": 0, "f16": 1}
+KV_TYPES = {"f32": 0, "f16": 1, "q8_0": 8, "bf16": 30}
 
 
 class EngineRunError(Exception):

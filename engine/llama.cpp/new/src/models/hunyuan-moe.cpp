@@ -8,8 +8,9 @@
 // are those of the stock graph, so that an A13B file gives the same bits in both. The sources of models/ are
 // compiled several to a unit: names of this file carry its prefix.
 
+#include "hunyuan-moe.h"
+
 #include "llama-impl.h"
-#include "models.h"
 
 #include <cstdint>
 #include <stdexcept>
@@ -25,37 +26,23 @@ struct hunyuan_moe_limit {
     int64_t hi;
 };
 
-void hunyuan_moe_require(const hunyuan_moe_limit & limit) {
+void hunyuan_moe_require(llm_arch arch, const hunyuan_moe_limit & limit) {
     if (limit.value >= limit.lo && limit.value <= limit.hi) {
         return;
     }
-    const std::string key = LLM_KV(LLM_ARCH_HUNYUAN_MOE)(limit.key);
+    const std::string key = LLM_KV(arch)(limit.key);
     const std::string hi  = limit.hi == INT64_MAX ? " or more" : limit.hi == limit.lo ? "" : " to " + std::to_string(limit.hi);
     throw std::runtime_error(format("%s is %lld: expected %lld%s", key.c_str(),
         (long long) limit.value, (long long) limit.lo, hi.c_str()));
 }
 
-struct hunyuan_moe_graph : public llm_graph_context {
-    hunyuan_moe_graph(const llama_model & model, const llm_graph_params & params);
-
-private:
-    ggml_tensor * rotate(ggml_tensor * x, int il) const;
-    ggml_tensor * rms(ggml_tensor * x, ggml_tensor * weight, const char * name, int il) const;
-    ggml_tensor * attention(ggml_tensor * x, int il) const;
-    ggml_tensor * shared_expert(ggml_tensor * x, int il) const;
-    ggml_tensor * routed_experts(ggml_tensor * x, int il) const;
-    ggml_tensor * layer(ggml_tensor * x, int il) const;
-    void          head(ggml_tensor * x);
-
-    const llama_model & model;
-
-    ggml_tensor             * positions = nullptr; // [n_tokens]
-    llm_graph_input_attn_kv * kv        = nullptr;
-    ggml_tensor             * outputs   = nullptr; // [n_outputs] rows that the caller wants, null where that is all
-};
+} // namespace
 
 hunyuan_moe_graph::hunyuan_moe_graph(const llama_model & model, const llm_graph_params & params) :
         llm_graph_context(params), model(model) {
+}
+
+void hunyuan_moe_graph::build() {
     ggml_tensor * x = build_inp_embd(model.tok_embd); // [n_embd, n_tokens]
 
     positions = build_inp_pos();
@@ -159,8 +146,6 @@ void hunyuan_moe_graph::head(ggml_tensor * x) {
     ggml_build_forward_expand(gf, res->t_logits);
 }
 
-} // namespace
-
 void llama_model_hunyuan_moe::load_arch_hparams(llama_model_loader & ml) {
     ml.get_key(LLM_KV_ATTENTION_LAYERNORM_RMS_EPS, hparams.f_norm_rms_eps);
     ml.get_key_or_arr(LLM_KV_EXPERT_FEED_FORWARD_LENGTH, hparams.n_ff_exp_arr, hparams.n_layer_all);
@@ -190,21 +175,21 @@ void llama_model_hunyuan_moe::load_arch_hparams(llama_model_loader & ml) {
         { LLM_KV_EXPERT_GATING_FUNC,                gating,                  softmax,  softmax          },
     };
     for (const auto & limit : limits) {
-        hunyuan_moe_require(limit);
+        hunyuan_moe_require(arch, limit);
     }
     if (hparams.n_head() % hparams.n_head_kv() != 0) {
-        throw std::runtime_error(format("hunyuan-moe.attention.head_count_kv is %u: expected a divisor of head_count, which is %u",
-            hparams.n_head_kv(), hparams.n_head()));
+        throw std::runtime_error(format("%s.attention.head_count_kv is %u: expected a divisor of head_count, which is %u",
+            llm_arch_name(arch), hparams.n_head_kv(), hparams.n_head()));
     }
     if (head_dim % 2 != 0) {
-        throw std::runtime_error(format("hunyuan-moe.attention.key_length is %lld: expected an even number", (long long) head_dim));
+        throw std::runtime_error(format("%s.attention.key_length is %lld: expected an even number", llm_arch_name(arch), (long long) head_dim));
     }
     if (!(hparams.f_norm_rms_eps >= 0.0f)) { // nor NaN
-        throw std::runtime_error(format("hunyuan-moe.attention.layer_norm_rms_epsilon is %g: expected 0 or more", hparams.f_norm_rms_eps));
+        throw std::runtime_error(format("%s.attention.layer_norm_rms_epsilon is %g: expected 0 or more", llm_arch_name(arch), hparams.f_norm_rms_eps));
     }
     for (uint32_t il = 0; il < hparams.n_layer_all; ++il) {
-        hunyuan_moe_require({ LLM_KV_EXPERT_USED_COUNT,          hparams.n_expert_used(il), 1, hparams.n_expert });
-        hunyuan_moe_require({ LLM_KV_EXPERT_FEED_FORWARD_LENGTH, hparams.n_ff_exp(il),      1, any              });
+        hunyuan_moe_require(arch, { LLM_KV_EXPERT_USED_COUNT,          hparams.n_expert_used(il), 1, hparams.n_expert });
+        hunyuan_moe_require(arch, { LLM_KV_EXPERT_FEED_FORWARD_LENGTH, hparams.n_ff_exp(il),      1, any              });
     }
 
     type = hparams.n_layer() == 32 ? LLM_TYPE_A13B : LLM_TYPE_UNKNOWN;
@@ -230,7 +215,11 @@ void llama_model_hunyuan_moe::load_arch_tensors(llama_model_loader &) {
         const int64_t n_ff_exp   = hparams.n_ff_exp(il);
         const int64_t n_ff_shexp = hparams.n_ff_shexp;
 
-        create_tensor_qkv(w, il, n_embd, n_embd_q, n_embd_k_gqa, n_embd_v_gqa, 0);
+        if (hparams.has_kv(il)) {
+            create_tensor_qkv(w, il, n_embd, n_embd_q, n_embd_k_gqa, n_embd_v_gqa, 0);
+        } else {
+            load(w.wq, LLM_TENSOR_ATTN_Q, { n_embd, n_embd_q });
+        }
 
         load(w.attn_norm,      LLM_TENSOR_ATTN_NORM,      { n_embd                     });
         load(w.wo,             LLM_TENSOR_ATTN_OUT,       { n_embd_q, n_embd           });
@@ -248,5 +237,7 @@ void llama_model_hunyuan_moe::load_arch_tensors(llama_model_loader &) {
 }
 
 std::unique_ptr<llm_graph_context> llama_model_hunyuan_moe::build_arch_graph(const llm_graph_params & params) const {
-    return std::make_unique<hunyuan_moe_graph>(*this, params);
+    auto graph = std::make_unique<hunyuan_moe_graph>(*this, params);
+    graph->build();
+    return graph;
 }
