@@ -5,13 +5,14 @@
 //   x    += shared(n2(x)) + sum_e w_e(n2(x)) expert_e(n2(x))
 //
 // Takes the place of the stock file of the same name and loads the same GGUFs. The operations and their order
-// are those of the stock graph, so that an A13B file gives the same bits in both. The sources of models/ are
-// compiled several to a unit: names of this file carry its prefix.
+// are those of the stock graph, so that an A13B file gives the same bits in both, unless its router's mode is another
+// than "topk". The sources of models/ are compiled several to a unit: names of this file carry its prefix.
 
 #include "hunyuan-moe.h"
 
 #include "llama-impl.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -47,6 +48,7 @@ void hunyuan_moe_graph::build() {
 
     positions = build_inp_pos();
     kv        = build_attn_inp_kv();
+    router    = hymoe_build_router_input(*this);
     outputs   = build_inp_out_ids();
 
     for (int il = 0; il < n_layer; ++il) {
@@ -99,17 +101,8 @@ ggml_tensor * hunyuan_moe_graph::shared_expert(ggml_tensor * x, int il) const {
     return out;
 }
 
-ggml_tensor * hunyuan_moe_graph::routed_experts(ggml_tensor * x, int il) const {
-    const llama_layer & w = model.layers[il];
-
-    ggml_tensor * out = build_moe_ffn(x,
-        w.ffn_gate_inp, w.ffn_up_exps, w.ffn_gate_exps, w.ffn_down_exps, nullptr,
-        n_expert, hparams.n_expert_used(il), LLM_FFN_SILU,
-        hparams.expert_weights_norm, hparams.expert_weights_scale,
-        LLAMA_EXPERT_GATING_FUNC_TYPE_SOFTMAX, il,
-        nullptr, nullptr, w.ffn_up_exps_s, w.ffn_gate_exps_s, w.ffn_down_exps_s);
-    cb(out, "ffn_moe_out", il);
-    return out;
+ggml_tensor * hunyuan_moe_graph::wanted_rows(ggml_tensor * x) const {
+    return outputs ? ggml_get_rows(ctx0, x, outputs) : x;
 }
 
 ggml_tensor * hunyuan_moe_graph::layer(ggml_tensor * x, int il) const {
@@ -117,24 +110,26 @@ ggml_tensor * hunyuan_moe_graph::layer(ggml_tensor * x, int il) const {
 
     ggml_tensor * attended = attention(rms(x, w.attn_norm, "attn_norm", il), il);
 
-    // past the last attention only the rows that are asked for matter
-    if (il == n_layer - 1 && outputs) {
-        attended = ggml_get_rows(ctx0, attended, outputs);
-        x        = ggml_get_rows(ctx0, x,        outputs);
+    // past the last attention only the rows that are asked for matter, unless the others have a say in the routing
+    const bool last   = il == n_layer - 1;
+    const bool picked = last && !hymoe_routes_all_tokens(*this, il);
+    if (picked) {
+        attended = wanted_rows(attended);
+        x        = wanted_rows(x);
     }
     ggml_tensor * mid = ggml_add(ctx0, attended, x);
     cb(mid, "ffn_inp", il);
 
     ggml_tensor * normed = rms(mid, w.ffn_norm, "ffn_norm", il);
     ggml_tensor * shared = shared_expert (normed, il);
-    ggml_tensor * routed = routed_experts(normed, il);
+    ggml_tensor * routed = hymoe_build_routed_ffn(*this, router, w, normed, picked, il);
 
     ggml_tensor * sum = ggml_add(ctx0, routed, shared);
     cb(sum, "ffn_out", il);
 
     ggml_tensor * out = build_cvec(ggml_add(ctx0, sum, mid), il);
     cb(out, "l_out", il);
-    return out;
+    return last && !picked ? wanted_rows(out) : out;
 }
 
 void hunyuan_moe_graph::head(ggml_tensor * x) {
@@ -187,10 +182,14 @@ void llama_model_hunyuan_moe::load_arch_hparams(llama_model_loader & ml) {
     if (!(hparams.f_norm_rms_eps >= 0.0f)) { // nor NaN
         throw std::runtime_error(format("%s.attention.layer_norm_rms_epsilon is %g: expected 0 or more", llm_arch_name(arch), hparams.f_norm_rms_eps));
     }
+    uint32_t least_used = hparams.n_expert;
     for (uint32_t il = 0; il < hparams.n_layer_all; ++il) {
+        least_used = std::min(least_used, hparams.n_expert_used(il));
         hunyuan_moe_require(arch, { LLM_KV_EXPERT_USED_COUNT,          hparams.n_expert_used(il), 1, hparams.n_expert });
         hunyuan_moe_require(arch, { LLM_KV_EXPERT_FEED_FORWARD_LENGTH, hparams.n_ff_exp(il),      1, any              });
     }
+
+    hparams.router = hymoe_router_load(ml, least_used);
 
     type = hparams.n_layer() == 32 ? LLM_TYPE_A13B : LLM_TYPE_UNKNOWN;
 }

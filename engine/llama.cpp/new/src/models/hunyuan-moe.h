@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "hymoe-router.h"
 #include "models.h"
 
 struct hunyuan_moe_graph : public llm_graph_context {
@@ -19,11 +20,12 @@ protected:
 
     ggml_tensor             * positions = nullptr; // [n_tokens]
     llm_graph_input_attn_kv * kv        = nullptr;
+    hymoe_router_input      * router    = nullptr;
     ggml_tensor             * outputs   = nullptr; // [n_outputs] rows that the caller wants, null where that is all
 
 private:
     ggml_tensor * shared_expert(ggml_tensor * x, int il) const;
-    ggml_tensor * routed_experts(ggml_tensor * x, int il) const;
+    ggml_tensor * wanted_rows(ggml_tensor * x) const;
     ggml_tensor * layer(ggml_tensor * x, int il) const;
     void          head(ggml_tensor * x);
 };
