@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import time
 from collections.abc import Iterator
@@ -27,6 +28,9 @@ TAIL_LINES = 12
 POLL_SECONDS = 0.05
 STILL_LOADING_SECONDS = 10.0
 PORT_ATTEMPTS = 3
+
+# A line of the engine's log: time, level, and what it says.
+ERROR_LINE = re.compile(r"\s*[\d.]+ E (.*\S)")
 
 # llama-server flag -> what to do instead. These are given by us, or would make wrong answers.
 OWNED_FLAGS = {
@@ -288,7 +292,14 @@ def _port_taken(port: int) -> ServerError:
 
 
 def _reason(tail: list[str]) -> str | None:
-    """Find the line that says why: the last one that speaks of an error, without the log's own prefix."""
+    """Find the line that says why: the first that the engine logged as an error, else the last that speaks of one.
+
+    What it logs after the first are consequences; that no layers could be fitted to a GPU's memory is never the end.
+    """
+    for line in tail:
+        logged = ERROR_LINE.match(line)
+        if logged and "common_fit_params" not in line:
+            return f"its log says: {logged[1]}"
     for line in reversed(tail):
         if "error" in line.lower() or "failed" in line.lower():
             return f"its log says: {line.strip()}"

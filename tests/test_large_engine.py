@@ -199,7 +199,7 @@ def test_parallel_sequences_and_saved_slots(flags: tuple[str, ...], large: Case,
 
 def kv_mib(gguf: Path, log: Path) -> float:
     """Give the size of the cache as the engine reports it, at 4096 tokens."""
-    with serve(ServerOptions(gguf, port=0, ctx=4096, threads=1, log=log, extra=("--parallel", "1"))):
+    with serve(ServerOptions(gguf, port=0, ctx=4096, threads=1, log=log, extra=("--log-verbosity", "4"))):
         pass
     sizes = re.findall(r"llama_kv_cache: size = +([\d.]+) MiB \( *4096 cells", log.read_text(encoding="utf-8"))
     return float(sizes[-1])
