@@ -25,6 +25,7 @@ OVERRIDE_TAGS: dict[str, tuple[int, str, Callable[[str], Any]]] = {
     "int": (0, "val_i64", int),
     "float": (1, "val_f64", float),
     "bool": (2, "val_bool", "true".__eq__),
+    "str": (3, "val_str", str.encode),
 }
 KV_TYPES = {"f32": 0, "f16": 1}
 
