@@ -53,13 +53,14 @@ def logits(
     *,
     gating: Gating = "topk",
     n_expert_used: int | None = None,
-    weights_seen: list[Array] | None = None,
+    n_prompt: int | None = None,
     probabilities: list[Array] | None = None,
 ) -> Array:
     """Logits [T, n_vocab] of all positions of one prompt `ids`.
 
-    `gating` "capacity" drops what the published code drops; `n_expert_used` replaces the config's number. Each layer
-    adds what its router said, [T, E], to `probabilities`, and what became of it to `weights_seen`.
+    `gating` "capacity" drops what the published code drops; `n_expert_used` replaces the config's number. From token
+    `n_prompt` on the tokens were decoded one by one, which drops nothing over capacity. Each layer adds what its router
+    said, [T, E], to `probabilities`.
     """
     settings = read_settings(folder)
     if n_expert_used is not None:
@@ -72,12 +73,12 @@ def logits(
         x = x + attention(rms(x, own["input_layernorm.weight"], settings.rms_eps), own, settings)
         y = rms(x, own["post_attention_layernorm.weight"], settings.rms_eps)
         p = np.exp(log_softmax(y @ own["mlp.gate.wg.weight"].T))
-        weight = route(p, settings.n_expert_used, gating)
+        decoded = "topk" if gating == "capacity" else gating
+        parts = (p[:n_prompt], gating), (p[n_prompt:] if n_prompt else p[:0], decoded)
+        weight = np.concatenate([route(part, settings.n_expert_used, mode) for part, mode in parts])
         x = x + swiglu(y, own, "mlp.shared_mlp") + experts(y, own, weight)
         if probabilities is not None:
             probabilities.append(p)
-        if weights_seen is not None:
-            weights_seen.append(weight)
     head = weights["model.embed_tokens.weight" if settings.tied else "lm_head.weight"]
     return rms(x, weights["model.norm.weight"], settings.rms_eps) @ head.T
 
