@@ -18,6 +18,7 @@ from hymoe.errors import ServerError
 from hymoe.runtime import process
 from hymoe.runtime.endpoint import Endpoint, check_api_key
 from hymoe.runtime.header import Header, peek
+from hymoe.runtime.router import Router, engine_arguments
 
 if TYPE_CHECKING:
     import httpx
@@ -67,6 +68,7 @@ class ServerOptions:
     port: int = 8080  # 0: a free one
     ctx: int | None = None  # tokens; None: the trained context up to DEFAULT_CTX; 0: the trained context
     threads: int | None = None
+    router: Router | None = None  # None: the mode that the file asks for, or topk
     api_key: str | None = None
     extra: tuple[str, ...] = ()  # further llama-server arguments
     log: Path | None = None  # the engine's output is appended here
@@ -260,6 +262,8 @@ def command_line(tool: Path, header: Header, options: ServerOptions, n_ctx: int)
     # Any UI can talk to us without flags, so any page can; a key is what keeps strangers out, and hy-serve says so.
     if options.threads is not None:
         command += ["--threads", str(options.threads)]
+    # /metrics has, among others, the number of experts used
+    command += [*engine_arguments(options.router, header, n_ctx), "--metrics"]
     if header.chat_template is None:
         # Without one the engine would speak ChatML, whose tokens this family has never seen.
         from hymoe.chat_templates.render import FALLBACK
