@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from reference import Array, Settings, experts, log_softmax, read_safetensors, read_settings, rms, rope, swiglu
+from reference import Array, Settings, experts, log_softmax, read_safetensors, read_settings, rms, rope, route, swiglu
 
 
 class Forward(NamedTuple):
@@ -44,17 +44,18 @@ def forward(folder: Path, ids: Sequence[int]) -> Forward:
             k, v = y @ own["self_attn.k_proj.weight"].T, y @ own["self_attn.v_proj.weight"].T
         x = x + attention(y, k, v, own, settings)
         y = rms(x, own["post_attention_layernorm.weight"], settings.rms_eps)
-        margins.append(closest(y @ own["mlp.gate.wg.weight"].T, settings.n_expert_used))
-        x = x + swiglu(y, own, "mlp.shared_mlp") + experts(y, own, settings.n_expert_used, "topk")
+        p = np.exp(log_softmax(y @ own["mlp.gate.wg.weight"].T))
+        margins.append(closest(p, settings.n_expert_used))
+        x = x + swiglu(y, own, "mlp.shared_mlp") + experts(y, own, route(p, settings.n_expert_used, "topk"))
     head = weights["model.embed_tokens.weight" if settings.tied else "lm_head.weight"]
     return Forward(rms(x, weights["model.norm.weight"], settings.rms_eps) @ head.T, min(margins))
 
 
-def closest(router: Array, n_used: int) -> float:
-    """By how much the last expert that answers is likelier than the next, the least over tokens; router [T, E]."""
-    if n_used == router.shape[-1]:
+def closest(p: Array, n_used: int) -> float:
+    """By how much the last expert that answers is likelier than the next, the least over tokens; p [T, E]."""
+    if n_used == p.shape[-1]:
         return 1.0
-    p = np.sort(np.exp(log_softmax(router)), axis=-1)
+    p = np.sort(p, axis=-1)
     return float(np.min(p[:, -n_used] - p[:, -n_used - 1]))
 
 

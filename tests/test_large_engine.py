@@ -201,7 +201,7 @@ def kv_mib(gguf: Path, log: Path) -> float:
     """Give the size of the cache as the engine reports it, at 4096 tokens."""
     with serve(ServerOptions(gguf, port=0, ctx=4096, threads=1, log=log, extra=("--log-verbosity", "4"))):
         pass
-    sizes = re.findall(r"llama_kv_cache: size = +([\d.]+) MiB \( *4096 cells", log.read_text(encoding="utf-8"))
+    sizes = re.findall(r"llama_kv_cache: size = +([\d.]+) MiB \( *4096 cells", log.read_text("utf-8", "replace"))
     return float(sizes[-1])
 
 
