@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hymoe.runtime.endpoint import Endpoint
 from hymoe.runtime.header import Header, peek
+from hymoe.runtime.router import Router
 from hymoe.runtime.server import Server, ServerOptions, serve
 
-__all__ = ["Endpoint", "Header", "Server", "ServerOptions", "peek", "serve"]
+__all__ = ["Endpoint", "Header", "Router", "Server", "ServerOptions", "peek", "serve"]

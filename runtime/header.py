@@ -19,7 +19,7 @@ from hymoe.errors import ModelFileError
 
 Scalar = int | float | bool | str
 
-ARCHITECTURES = ("hunyuan-moe",)
+ARCHITECTURES = ("hunyuan-moe", "hunyuan-large")
 VERSIONS = (2, 3)
 TOKENS = "tokenizer.ggml.tokens"
 

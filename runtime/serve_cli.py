@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from hymoe import console
+from hymoe.runtime.router import HELP, SHOWN_DEFAULT
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 
@@ -21,6 +22,7 @@ Ctx = Annotated[
     ),
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; the engine chooses by default.")]
+RouterMode = Annotated[str | None, typer.Option("--router", metavar="MODE", help=HELP, show_default=SHOWN_DEFAULT)]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Only warnings and errors.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="The engine's log too.")]
 LogFile = Annotated[Path | None, typer.Option("--log", metavar="FILE", help="Append the engine's log to this file.")]
@@ -36,6 +38,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: a free one.")] = 8080,
     ctx: Ctx = None,
     threads: Threads = None,
+    router: RouterMode = None,
     log: LogFile = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -45,6 +48,7 @@ def serve(
     HYMOE_API_KEY, where it is set, is the key that clients must send. Should the engine end by itself, its exit
     status is passed on.
     """
+    from hymoe.runtime.router import parse
     from hymoe.runtime.server import ServerOptions
     from hymoe.runtime.supervise import supervise
 
@@ -55,6 +59,7 @@ def serve(
         port=port,
         ctx=ctx,
         threads=threads,
+        router=None if router is None else parse(router),
         api_key=os.environ.get("HYMOE_API_KEY") or os.environ.get("LLAMA_API_KEY") or None,
         extra=tuple(engine_arguments or ()),
         log=log,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from hymoe.errors import ServerError
 from hymoe.runtime import overrides, process
 from hymoe.runtime.endpoint import Endpoint, check_api_key
 from hymoe.runtime.header import Header, peek
+from hymoe.runtime.router import Router, engine_arguments
 
 if TYPE_CHECKING:
     import httpx
@@ -27,6 +29,9 @@ TAIL_LINES = 12
 POLL_SECONDS = 0.05
 STILL_LOADING_SECONDS = 10.0
 PORT_ATTEMPTS = 3
+
+# A line of the engine's log: time, level, and what it says.
+ERROR_LINE = re.compile(r"\s*[\d.]+ E (.*\S)")
 
 # llama-server flag -> what to do instead. These are given by us, or would make wrong answers.
 OWNED_FLAGS = {
@@ -63,6 +68,7 @@ class ServerOptions:
     port: int = 8080  # 0: a free one
     ctx: int | None = None  # tokens; None: the trained context up to DEFAULT_CTX; 0: the trained context
     threads: int | None = None
+    router: Router | None = None  # None: the mode that the file asks for, or topk
     api_key: str | None = None
     extra: tuple[str, ...] = ()  # further llama-server arguments
     log: Path | None = None  # the engine's output is appended here
@@ -265,6 +271,8 @@ def command_line(
     # Any UI can talk to us without flags, so any page can; a key is what keeps strangers out, and hy-serve says so.
     if options.threads is not None:
         command += ["--threads", str(options.threads)]
+    # /metrics has, among others, the number of experts used
+    command += [*engine_arguments(options.router, header, n_ctx), "--metrics"]
     if header.chat_template is None:
         # Without one the engine would speak ChatML, whose tokens this family has never seen.
         from hymoe.chat_templates.render import FALLBACK
@@ -297,7 +305,14 @@ def _port_taken(port: int) -> ServerError:
 
 
 def _reason(tail: list[str]) -> str | None:
-    """Find the line that says why: the last one that speaks of an error, without the log's own prefix."""
+    """Find the line that says why: the first that the engine logged as an error, else the last that speaks of one.
+
+    What it logs after the first are consequences; that no layers could be fitted to a GPU's memory is never the end.
+    """
+    for line in tail:
+        logged = ERROR_LINE.match(line)
+        if logged and "common_fit_params" not in line:
+            return f"its log says: {logged[1]}"
     for line in reversed(tail):
         if "error" in line.lower() or "failed" in line.lower():
             return f"its log says: {line.strip()}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hymoe import console
 from hymoe.runtime.endpoint import is_loopback
 from hymoe.runtime.process import Terminated, signals_as_exceptions
+from hymoe.runtime.router import mean_experts
 from hymoe.runtime.server import DEFAULT_CTX, Server, ServerExitError, ServerOptions
 
 
@@ -38,6 +39,7 @@ def _serve(options: ServerOptions) -> int:
             console.status(f"ready: {server.endpoint.url} (context {server.n_ctx}{_why(options, server.n_ctx)})")
             server.wait()
         except (KeyboardInterrupt, Terminated):
+            _say_what_was_used(options, server)
             console.status("stopping")
         return server.stop()
 
@@ -47,6 +49,11 @@ def _say_who_may_use_it(host: str) -> None:
         console.status("no key is set: pages in a browser can use this server too; HYMOE_API_KEY sets a key")
     else:
         console.warn(f"everybody who reaches {host} can use this server; HYMOE_API_KEY sets a key")
+
+
+def _say_what_was_used(options: ServerOptions, server: Server) -> None:
+    if options.router is not None and (mean := mean_experts(server.endpoint)) is not None:
+        console.status(f"experts used per token and layer: {mean:.2f} ({options.router})")
 
 
 def _why(options: ServerOptions, n_ctx: int) -> str:

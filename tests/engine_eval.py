@@ -25,8 +25,9 @@ OVERRIDE_TAGS: dict[str, tuple[int, str, Callable[[str], Any]]] = {
     "int": (0, "val_i64", int),
     "float": (1, "val_f64", float),
     "bool": (2, "val_bool", "true".__eq__),
+    "str": (3, "val_str", str.encode),
 }
-KV_TYPES = {"f32": 0, "f16": 1}
+KV_TYPES = {"f32": 0, "f16": 1, "q8_0": 8, "bf16": 30}
 
 
 class EngineRunError(Exception):
@@ -42,16 +43,21 @@ def evaluate(
     kv: str = "f32",
     n_threads: int = N_THREADS,
     n_ubatch: int = 512,
+    n_prompt: int = 0,
     repack: bool = True,
+    watched: bool = False,
     overrides: Mapping[str, str] | None = None,
 ) -> list[NDArray[np.float32]]:
     """Give the logits [n_tokens, n_vocab] of each prompt, each evaluated in an empty context.
 
-    `engine` is a folder of libraries (None: the one hymoe finds). `overrides` are metadata keys as llama.cpp's
-    --override-kv writes them, "type:value". Raises EngineRunError where the process fails.
+    `engine` is a folder of libraries (None: the one hymoe finds). Tokens from `n_prompt` on, where it is not 0, are
+    decoded one by one. `watched`: a callback is told of every operation, as when an imatrix is collected. `overrides`
+    are metadata keys as llama.cpp's --override-kv writes them, "type:value". Raises EngineRunError where the process
+    fails.
     """
     options = [f"--flash-attn={'on' if flash_attn else 'off'}", f"--kv={kv}", f"--n-threads={n_threads}"]
     options += [f"--n-ubatch={n_ubatch}", f"--repack={'on' if repack else 'off'}"]
+    options += [f"--n-prompt={n_prompt}", *(["--watched"] if watched else [])]
     options += [f"--override={key}={value}" for key, value in (overrides or {}).items()]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "logits.npz"
@@ -105,6 +111,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--kv", choices=sorted(KV_TYPES), default="f32")
     parser.add_argument("--n-threads", type=int, default=N_THREADS)
     parser.add_argument("--n-ubatch", type=int, default=512)
+    parser.add_argument("--n-prompt", type=int, default=0)
+    parser.add_argument("--watched", action="store_true")
     parser.add_argument("--repack", choices=["on", "off"], default="on")
     parser.add_argument("--override", action="append", default=[], metavar="KEY=TYPE:VALUE")
     return parser.parse_args()
@@ -151,23 +159,35 @@ def _logits(llama: Any, model: Any, prompts: list[list[int]], options: argparse.
     params.n_threads = params.n_threads_batch = options.n_threads
     params.type_k = params.type_v = KV_TYPES[options.kv]
     params.flash_attn_type = int(options.flash_attn == "on")
+    watch = llama.ggml_backend_sched_eval_callback(lambda _tensor, _ask, _data: True)
+    if options.watched:
+        params.cb_eval = watch
     context = llama.llama_init_from_model(model, params)
     if not context:
         raise SystemExit("no context")
     batch = llama.llama_batch_init(longest, 0, 1)
-    return [_prompt(llama, context, batch, ids, n_vocab) for ids in prompts]
+    found = []
+    for ids in prompts:
+        llama.llama_memory_clear(llama.llama_get_memory(context), True)
+        n_first = options.n_prompt or len(ids)
+        pieces = [ids[:n_first], *([token] for token in ids[n_first:])]
+        starts = [0, *range(n_first, len(ids))]
+        rows = []
+        for piece, start in zip(pieces, starts, strict=True):
+            _decode(llama, context, batch, piece, start)
+            flat = np.ctypeslib.as_array(llama.llama_get_logits(context), (len(piece) * n_vocab,))
+            rows.append(flat.reshape(len(piece), n_vocab).copy())
+        found.append(np.concatenate(rows))
+    return found
 
 
-def _prompt(llama: Any, context: Any, batch: Any, ids: list[int], n_vocab: int) -> NDArray[np.float32]:
-    llama.llama_memory_clear(llama.llama_get_memory(context), True)
+def _decode(llama: Any, context: Any, batch: Any, ids: list[int], start: int) -> None:
     batch.n_tokens = len(ids)
     for i, token in enumerate(ids):
-        batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, i, 1, True
+        batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, start + i, 1, True
         batch.seq_id[i][0] = 0
     if status := llama.llama_decode(context, batch):
         raise SystemExit(f"llama_decode gave {status} for {len(ids)} tokens")
-    flat = np.ctypeslib.as_array(llama.llama_get_logits(context), (len(ids) * n_vocab,))
-    return flat.reshape(len(ids), n_vocab).copy()
 
 
 if __name__ == "__main__":

@@ -21,14 +21,16 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Large:
-    """A tiny checkpoint of the published form; heads are n_embd / n_head = 80 wide."""
+    """A tiny checkpoint of the published form; as there, heads are n_embd / n_head wide, unless head_dim says else."""
 
     n_layer: int = 4
     n_embd: int = 160
     n_head: int = 2
     n_head_kv: int = 1
+    head_dim: int = 80
     n_ff: int = 96
     n_expert: int = 5
+    n_expert_used: int = 1
     factor: int = 2
     cla: bool = True
     tied: bool = True
@@ -37,7 +39,7 @@ class Large:
 
 def config(spec: Large) -> dict[str, Any]:
     """With the published keys (eos_token_id 2 is a default of the class and wrong)."""
-    return {
+    made = {
         "architectures": ["HunYuanForCausalLM"],
         "model_type": "hunyuan",
         "attention_bias": False,
@@ -49,7 +51,7 @@ def config(spec: Large) -> dict[str, Any]:
         "intermediate_size": spec.n_ff,
         "max_position_embeddings": 131072,
         "moe_drop_tokens": False,
-        "moe_topk": 1,
+        "moe_topk": spec.n_expert_used,
         "num_attention_heads": spec.n_head,
         "num_experts": spec.n_expert,
         "num_hidden_layers": spec.n_layer,
@@ -66,12 +68,16 @@ def config(spec: Large) -> dict[str, Any]:
         "use_qk_norm": True,
         "vocab_size": N_TOKENS + spec.n_spare,
     }
+    return made if spec.head_dim * spec.n_head == spec.n_embd else made | {"head_dim": spec.head_dim}
 
 
 def tensors(spec: Large) -> dict[str, Array]:
-    """Every tensor with random values: names and shapes as Tencent's modeling_hunyuan.py makes them."""
+    """Every tensor with random values: names and shapes as Tencent's modeling_hunyuan.py makes them.
+
+    Matrices keep the size of what they are applied to; norms are 1 give or take, so that it shows whose are taken.
+    """
     rng = np.random.default_rng(1)
-    d, q, kv = spec.n_embd, spec.n_head * 80, spec.n_head_kv * 80
+    d, q, kv = spec.n_embd, spec.n_head * spec.head_dim, spec.n_head_kv * spec.head_dim
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (N_TOKENS + spec.n_spare, d),
         "model.norm.weight": (d,),
@@ -84,8 +90,8 @@ def tensors(spec: Large) -> dict[str, Array]:
             "post_attention_layernorm": (d,),
             "self_attn.q_proj": (q, d),
             "self_attn.o_proj": (d, q),
-            "self_attn.query_layernorm": (80,),
-            "self_attn.key_layernorm": (80,),
+            "self_attn.query_layernorm": (spec.head_dim,),
+            "self_attn.key_layernorm": (spec.head_dim,),
             "mlp.gate.wg": (spec.n_expert, d),
         }
         if not spec.cla or layer % spec.factor == 0:
@@ -94,10 +100,16 @@ def tensors(spec: Large) -> dict[str, Array]:
             parts |= {f"mlp.{expert}.{part}_proj": (spec.n_ff, d) for part in ("gate", "up")}
             parts[f"mlp.{expert}.down_proj"] = (d, spec.n_ff)
         shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in parts.items()}
-    return {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    return {name: _random(rng, shape) for name, shape in shapes.items()}
+
+
+def _random(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    values = rng.standard_normal(shape, np.float32)
+    return values / np.float32(shape[-1] ** 0.5) if len(shape) > 1 else 1 + values / 3
 
 
 def write(folder: Path, spec: Large, weights: dict[str, Array] | None = None) -> dict[str, Array]:
+    """Write the checkpoint, with random weights where none are given; gives them."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config(spec)))
     generation = {

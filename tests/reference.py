@@ -18,7 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-Gating = Literal["topk", "capacity"]
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """Keep `minimum` experts and every further one with p >= threshold * p_max; their weights are made to sum to 1."""
+
+    minimum: int
+    threshold: float
+
+
+Gating = Literal["topk", "capacity"] | Adaptive
 
 DTYPES = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "BF16": np.uint16}
 
@@ -37,10 +47,20 @@ class Settings:
     tied: bool
 
 
-def logits(folder: Path, ids: Sequence[int], *, gating: Gating = "topk", n_expert_used: int | None = None) -> Array:
+def logits(
+    folder: Path,
+    ids: Sequence[int],
+    *,
+    gating: Gating = "topk",
+    n_expert_used: int | None = None,
+    n_prompt: int | None = None,
+    probabilities: list[Array] | None = None,
+) -> Array:
     """Logits [T, n_vocab] of all positions of one prompt `ids`.
 
-    `gating` "capacity" drops what the published code drops; `n_expert_used` replaces the config's number.
+    `gating` "capacity" drops what the published code drops; `n_expert_used` replaces the config's number. From token
+    `n_prompt` on the tokens were decoded one by one, which drops nothing over capacity. Each layer adds what its router
+    said, [T, E], to `probabilities`.
     """
     settings = read_settings(folder)
     if n_expert_used is not None:
@@ -52,7 +72,13 @@ def logits(folder: Path, ids: Sequence[int], *, gating: Gating = "topk", n_exper
         own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
         x = x + attention(rms(x, own["input_layernorm.weight"], settings.rms_eps), own, settings)
         y = rms(x, own["post_attention_layernorm.weight"], settings.rms_eps)
-        x = x + swiglu(y, own, "mlp.shared_mlp") + experts(y, own, settings.n_expert_used, gating)
+        p = np.exp(log_softmax(y @ own["mlp.gate.wg.weight"].T))
+        decoded = "topk" if gating == "capacity" else gating
+        parts = (p[:n_prompt], gating), (p[n_prompt:] if n_prompt else p[:0], decoded)
+        weight = np.concatenate([route(part, settings.n_expert_used, mode) for part, mode in parts])
+        x = x + swiglu(y, own, "mlp.shared_mlp") + experts(y, own, weight)
+        if probabilities is not None:
+            probabilities.append(p)
     head = weights["model.embed_tokens.weight" if settings.tied else "lm_head.weight"]
     return rms(x, weights["model.norm.weight"], settings.rms_eps) @ head.T
 
@@ -113,9 +139,8 @@ def swiglu(x: Array, own: Mapping[str, Array], name: str) -> Array:
     return result
 
 
-def experts(x: Array, own: Mapping[str, Array], n_used: int, gating: Gating) -> Array:
-    """Sum of the routed experts' answers, weighted: [T, n_embd] -> [T, n_embd]."""
-    weight = route(np.exp(log_softmax(x @ own["mlp.gate.wg.weight"].T)), n_used, gating)
+def experts(x: Array, own: Mapping[str, Array], weight: Array) -> Array:
+    """Sum of the routed experts' answers, weighted by [T, E]: [T, n_embd] -> [T, n_embd]."""
     out = np.zeros_like(x)
     for expert in np.flatnonzero(weight.any(axis=0)):
         rows = np.flatnonzero(weight[:, expert])
@@ -129,10 +154,19 @@ def route(p: Array, n_used: int, gating: Gating) -> Array:
     With "capacity" every expert takes at most max(k, kT div E) pairs, counted rank by rank and token by token inside
     a rank; pairs beyond it are dropped after the normalisation, so that a token's weights may sum to less than 1.
     """
+    return weigh(p, np.argsort(-p, axis=-1, kind="stable")[:, :n_used], gating)
+
+
+def weigh(p: Array, chosen: NDArray[np.int64], gating: Gating) -> Array:
+    """Weights [T, E] of the experts `chosen` [T, k], the largest first; see route."""
     n_tokens, n_expert = p.shape
-    chosen = np.argsort(-p, axis=-1, kind="stable")[:, :n_used]  # [T, k], the largest first
+    n_used = chosen.shape[1]
     value = np.take_along_axis(p, chosen, axis=-1)
     if n_used > 1:
+        if isinstance(gating, Adaptive):
+            small = value < gating.threshold * value[:, :1]
+            small[:, : gating.minimum] = False
+            value = np.where(small, 0.0, value)
         value = value / value.sum(axis=-1, keepdims=True)
         if gating == "capacity":
             capacity = max(n_used, n_used * n_tokens // n_expert)
@@ -142,6 +176,27 @@ def route(p: Array, n_used: int, gating: Gating) -> Array:
     weight = np.zeros_like(p)
     np.put_along_axis(weight, chosen, value, axis=-1)
     return weight
+
+
+def close_calls(p: Array, n_used: int, gating: Gating, margin: float) -> int:
+    """Count decisions of the router that a change of `margin` in a probability could turn over, [T, E] given.
+
+    Two experts of neighbouring ranks that are closer than that count only where exchanging them changes anybody's
+    weights by more than they differ themselves.
+    """
+    order = np.argsort(-p, axis=-1, kind="stable")
+    ranked = np.take_along_axis(p, order, axis=-1)
+    chosen = order[:, :n_used]
+    weight = weigh(p, chosen, gating)
+    found = 0
+    for t, r in np.argwhere(-np.diff(ranked[:, : n_used + 1], axis=-1) < margin):
+        other = order.copy()
+        other[t, [r, r + 1]] = other[t, [r + 1, r]]
+        found += bool(np.abs(weigh(p, other[:, :n_used], gating) - weight).max() > n_used * margin)
+    if isinstance(gating, Adaptive):
+        rest = ranked[:, gating.minimum : n_used]
+        found += int((np.abs(rest - gating.threshold * ranked[:, :1]) < margin).sum())
+    return found
 
 
 def read_settings(folder: Path) -> Settings:

@@ -5,7 +5,7 @@ Written with gguf-py and not with our converter, so that those tests say nothing
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +32,12 @@ def write_model(
     architecture: str = "hunyuan-moe",
     words: int = 0,
     trained: int | None = TRAINED,
+    keys: Mapping[str, str | int | float] | None = None,
 ) -> Path:
-    """Write a model with random weights whose only likely tokens are small letters; `words` adds unused tokens."""
+    """Write a model with random weights whose only likely tokens are small letters; `words` adds unused tokens.
+
+    keys: more metadata, as strings, uint32 and float32.
+    """
     writer = GGUFWriter(path, architecture)
     writer.add_name("tiny")
     if trained is not None:
@@ -53,6 +57,9 @@ def write_model(
     writer.add_expert_feed_forward_length(N_FF)
     writer.add_expert_shared_feed_forward_length(N_FF)
     writer.add_float32("general.sampling.temp", 0.0)
+    for key, value in (keys or {}).items():
+        add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
+        add(key, value)
     tokens = [*byte_letters(), *SPECIAL, *(f"word{i}" for i in range(words))]
     n_special = len(SPECIAL)
     writer.add_tokenizer_model("gpt2")

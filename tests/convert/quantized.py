@@ -142,7 +142,10 @@ class Fp8:
 
 @dataclass(frozen=True)
 class Gptq:
-    """`order`: "shuffled", "plain" or None where there is no g_idx; `v2` stores zero points as they are."""
+    """`order`: "shuffled", "plain" or None where there is no g_idx; `v2` stores zero points as they are.
+
+    Scales are uniform up to max_scale.
+    """
 
     bits: int = 4
     group_size: int = 32
@@ -151,6 +154,7 @@ class Gptq:
     sym: bool = True
     v2: bool = False
     scale_dtype: str = "BF16"
+    max_scale: float = 1e-2
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -173,7 +177,7 @@ class Gptq:
         zero = rng.integers(0, top, (n_groups, n_out)) + (not self.v2)
         if self.sym:
             zero = np.full((n_groups, n_out), top // 2)
-        scales = as_dtype(rng.uniform(1e-4, 1e-2, (n_groups, n_out)), self.scale_dtype)
+        scales = as_dtype(rng.uniform(1e-4, self.max_scale, (n_groups, n_out)), self.scale_dtype)
         group_of = np.arange(n_in) // size
         if self.order == "shuffled":
             group_of = rng.permutation(group_of)
@@ -195,6 +199,7 @@ class Awq:
     group_size: int = 32
     zero_point: bool = True
     scale_dtype: str = "F16"
+    max_scale: float = 1e-2
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -211,7 +216,7 @@ class Awq:
         n_groups = n_in // size
         q = rng.integers(0, 16, (n_out, n_in))
         zero = rng.integers(0, 16, (n_groups, n_out)) if self.zero_point else np.full((n_groups, n_out), 8)
-        scales = as_dtype(rng.uniform(1e-4, 1e-2, (n_groups, n_out)), self.scale_dtype)
+        scales = as_dtype(rng.uniform(1e-4, self.max_scale, (n_groups, n_out)), self.scale_dtype)
         group_of = np.arange(n_in) // size
         value = exact(scales)[group_of].T * (q - zero[group_of].T)
         places = tuple(AWQ_ORDER.index(output) for output in range(8))

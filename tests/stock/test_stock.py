@@ -17,6 +17,7 @@ from large_model import Large
 from large_model import write as write_large
 from numpy.typing import NDArray
 from stock import peer
+from tiny_model import write_model
 
 from hymoe import engine
 from hymoe.convert.convert import ConvertOptions, convert
@@ -161,9 +162,30 @@ def metadata(gguf: Path) -> dict[str, Any]:
     return {key: field.contents() for key, field in fields.items() if not key.startswith(("GGUF.", "hymoe."))}
 
 
-def test_large_is_refused(stock: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("spec", [Large(), Large(cla=False)], ids=["shared keys and values", "top-1 alone"])
+def test_large_is_refused(stock: Path, tmp_path: Path, spec: Large) -> None:
     """Stock has no shared keys and values and no raw top-1 weights: it must not run the file as something else."""
-    write_large(tmp_path / "large", Large())
+    write_large(tmp_path / "large", spec)
     convert(ConvertOptions(tmp_path / "large", tmp_path / "large.gguf"))
     with pytest.raises(EngineRunError, match="unknown model architecture: 'hunyuan-large'"):
         evaluate(tmp_path / "large.gguf", [[1, 2, 3]], engine=stock)
+
+
+ROUTERS: dict[str, dict[str, str | int | float]] = {
+    "capacity": {"mode": "capacity"},
+    "adaptive": {"mode": "adaptive", "min_experts": 1, "threshold": 0.9},
+    "one of the future": {"mode": "a-mode-nobody-knows", "temperature": 0.5},
+}
+
+
+@pytest.mark.parametrize("router", ROUTERS.values(), ids=ROUTERS.keys())
+def test_stock_runs_a_file_whatever_its_router_keys(
+    stock: Path, tmp_path: Path, router: dict[str, str | int | float]
+) -> None:
+    plain = write_model(tmp_path / "plain.gguf")
+    keyed = write_model(
+        tmp_path / "keyed.gguf", keys={f"hunyuan-moe.router.{key}": value for key, value in router.items()}
+    )
+    ids = [ord(letter) for letter in "a quick brown fox"]
+    (wanted,), (got,) = evaluate(plain, [ids], engine=stock), evaluate(keyed, [ids], engine=stock)
+    assert np.array_equal(wanted, got)

@@ -5,12 +5,14 @@
 //   x    += shared(n2(x)) + sum_e w_e(n2(x)) expert_e(n2(x))
 //
 // Takes the place of the stock file of the same name and loads the same GGUFs. The operations and their order
-// are those of the stock graph, so that an A13B file gives the same bits in both. The sources of models/ are
-// compiled several to a unit: names of this file carry its prefix.
+// are those of the stock graph, so that an A13B file gives the same bits in both, unless its router's mode is another
+// than "topk". The sources of models/ are compiled several to a unit: names of this file carry its prefix.
+
+#include "hunyuan-moe.h"
 
 #include "llama-impl.h"
-#include "models.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -25,41 +27,28 @@ struct hunyuan_moe_limit {
     int64_t hi;
 };
 
-void hunyuan_moe_require(const hunyuan_moe_limit & limit) {
+void hunyuan_moe_require(llm_arch arch, const hunyuan_moe_limit & limit) {
     if (limit.value >= limit.lo && limit.value <= limit.hi) {
         return;
     }
-    const std::string key = LLM_KV(LLM_ARCH_HUNYUAN_MOE)(limit.key);
+    const std::string key = LLM_KV(arch)(limit.key);
     const std::string hi  = limit.hi == INT64_MAX ? " or more" : limit.hi == limit.lo ? "" : " to " + std::to_string(limit.hi);
     throw std::runtime_error(format("%s is %lld: expected %lld%s", key.c_str(),
         (long long) limit.value, (long long) limit.lo, hi.c_str()));
 }
 
-struct hunyuan_moe_graph : public llm_graph_context {
-    hunyuan_moe_graph(const llama_model & model, const llm_graph_params & params);
-
-private:
-    ggml_tensor * rotate(ggml_tensor * x, int il) const;
-    ggml_tensor * rms(ggml_tensor * x, ggml_tensor * weight, const char * name, int il) const;
-    ggml_tensor * attention(ggml_tensor * x, int il) const;
-    ggml_tensor * shared_expert(ggml_tensor * x, int il) const;
-    ggml_tensor * routed_experts(ggml_tensor * x, int il) const;
-    ggml_tensor * layer(ggml_tensor * x, int il) const;
-    void          head(ggml_tensor * x);
-
-    const llama_model & model;
-
-    ggml_tensor             * positions = nullptr; // [n_tokens]
-    llm_graph_input_attn_kv * kv        = nullptr;
-    ggml_tensor             * outputs   = nullptr; // [n_outputs] rows that the caller wants, null where that is all
-};
+} // namespace
 
 hunyuan_moe_graph::hunyuan_moe_graph(const llama_model & model, const llm_graph_params & params) :
         llm_graph_context(params), model(model) {
+}
+
+void hunyuan_moe_graph::build() {
     ggml_tensor * x = build_inp_embd(model.tok_embd); // [n_embd, n_tokens]
 
     positions = build_inp_pos();
     kv        = build_attn_inp_kv();
+    router    = hymoe_build_router_input(*this);
     outputs   = build_inp_out_ids();
 
     for (int il = 0; il < n_layer; ++il) {
@@ -112,17 +101,8 @@ ggml_tensor * hunyuan_moe_graph::shared_expert(ggml_tensor * x, int il) const {
     return out;
 }
 
-ggml_tensor * hunyuan_moe_graph::routed_experts(ggml_tensor * x, int il) const {
-    const llama_layer & w = model.layers[il];
-
-    ggml_tensor * out = build_moe_ffn(x,
-        w.ffn_gate_inp, w.ffn_up_exps, w.ffn_gate_exps, w.ffn_down_exps, nullptr,
-        n_expert, hparams.n_expert_used(il), LLM_FFN_SILU,
-        hparams.expert_weights_norm, hparams.expert_weights_scale,
-        LLAMA_EXPERT_GATING_FUNC_TYPE_SOFTMAX, il,
-        nullptr, nullptr, w.ffn_up_exps_s, w.ffn_gate_exps_s, w.ffn_down_exps_s);
-    cb(out, "ffn_moe_out", il);
-    return out;
+ggml_tensor * hunyuan_moe_graph::wanted_rows(ggml_tensor * x) const {
+    return outputs ? ggml_get_rows(ctx0, x, outputs) : x;
 }
 
 ggml_tensor * hunyuan_moe_graph::layer(ggml_tensor * x, int il) const {
@@ -130,24 +110,26 @@ ggml_tensor * hunyuan_moe_graph::layer(ggml_tensor * x, int il) const {
 
     ggml_tensor * attended = attention(rms(x, w.attn_norm, "attn_norm", il), il);
 
-    // past the last attention only the rows that are asked for matter
-    if (il == n_layer - 1 && outputs) {
-        attended = ggml_get_rows(ctx0, attended, outputs);
-        x        = ggml_get_rows(ctx0, x,        outputs);
+    // past the last attention only the rows that are asked for matter, unless the others have a say in the routing
+    const bool last   = il == n_layer - 1;
+    const bool picked = last && !hymoe_routes_all_tokens(*this, il);
+    if (picked) {
+        attended = wanted_rows(attended);
+        x        = wanted_rows(x);
     }
     ggml_tensor * mid = ggml_add(ctx0, attended, x);
     cb(mid, "ffn_inp", il);
 
     ggml_tensor * normed = rms(mid, w.ffn_norm, "ffn_norm", il);
     ggml_tensor * shared = shared_expert (normed, il);
-    ggml_tensor * routed = routed_experts(normed, il);
+    ggml_tensor * routed = hymoe_build_routed_ffn(*this, router, w, normed, picked, il);
 
     ggml_tensor * sum = ggml_add(ctx0, routed, shared);
     cb(sum, "ffn_out", il);
 
     ggml_tensor * out = build_cvec(ggml_add(ctx0, sum, mid), il);
     cb(out, "l_out", il);
-    return out;
+    return last && !picked ? wanted_rows(out) : out;
 }
 
 void hunyuan_moe_graph::head(ggml_tensor * x) {
@@ -158,8 +140,6 @@ void hunyuan_moe_graph::head(ggml_tensor * x) {
 
     ggml_build_forward_expand(gf, res->t_logits);
 }
-
-} // namespace
 
 void llama_model_hunyuan_moe::load_arch_hparams(llama_model_loader & ml) {
     ml.get_key(LLM_KV_ATTENTION_LAYERNORM_RMS_EPS, hparams.f_norm_rms_eps);
@@ -190,22 +170,26 @@ void llama_model_hunyuan_moe::load_arch_hparams(llama_model_loader & ml) {
         { LLM_KV_EXPERT_GATING_FUNC,                gating,                  softmax,  softmax          },
     };
     for (const auto & limit : limits) {
-        hunyuan_moe_require(limit);
+        hunyuan_moe_require(arch, limit);
     }
     if (hparams.n_head() % hparams.n_head_kv() != 0) {
-        throw std::runtime_error(format("hunyuan-moe.attention.head_count_kv is %u: expected a divisor of head_count, which is %u",
-            hparams.n_head_kv(), hparams.n_head()));
+        throw std::runtime_error(format("%s.attention.head_count_kv is %u: expected a divisor of head_count, which is %u",
+            llm_arch_name(arch), hparams.n_head_kv(), hparams.n_head()));
     }
     if (head_dim % 2 != 0) {
-        throw std::runtime_error(format("hunyuan-moe.attention.key_length is %lld: expected an even number", (long long) head_dim));
+        throw std::runtime_error(format("%s.attention.key_length is %lld: expected an even number", llm_arch_name(arch), (long long) head_dim));
     }
     if (!(hparams.f_norm_rms_eps >= 0.0f)) { // nor NaN
-        throw std::runtime_error(format("hunyuan-moe.attention.layer_norm_rms_epsilon is %g: expected 0 or more", hparams.f_norm_rms_eps));
+        throw std::runtime_error(format("%s.attention.layer_norm_rms_epsilon is %g: expected 0 or more", llm_arch_name(arch), hparams.f_norm_rms_eps));
     }
+    uint32_t least_used = hparams.n_expert;
     for (uint32_t il = 0; il < hparams.n_layer_all; ++il) {
-        hunyuan_moe_require({ LLM_KV_EXPERT_USED_COUNT,          hparams.n_expert_used(il), 1, hparams.n_expert });
-        hunyuan_moe_require({ LLM_KV_EXPERT_FEED_FORWARD_LENGTH, hparams.n_ff_exp(il),      1, any              });
+        least_used = std::min(least_used, hparams.n_expert_used(il));
+        hunyuan_moe_require(arch, { LLM_KV_EXPERT_USED_COUNT,          hparams.n_expert_used(il), 1, hparams.n_expert });
+        hunyuan_moe_require(arch, { LLM_KV_EXPERT_FEED_FORWARD_LENGTH, hparams.n_ff_exp(il),      1, any              });
     }
+
+    hparams.router = hymoe_router_load(ml, least_used);
 
     type = hparams.n_layer() == 32 ? LLM_TYPE_A13B : LLM_TYPE_UNKNOWN;
 }
@@ -230,7 +214,11 @@ void llama_model_hunyuan_moe::load_arch_tensors(llama_model_loader &) {
         const int64_t n_ff_exp   = hparams.n_ff_exp(il);
         const int64_t n_ff_shexp = hparams.n_ff_shexp;
 
-        create_tensor_qkv(w, il, n_embd, n_embd_q, n_embd_k_gqa, n_embd_v_gqa, 0);
+        if (hparams.has_kv(il)) {
+            create_tensor_qkv(w, il, n_embd, n_embd_q, n_embd_k_gqa, n_embd_v_gqa, 0);
+        } else {
+            load(w.wq, LLM_TENSOR_ATTN_Q, { n_embd, n_embd_q });
+        }
 
         load(w.attn_norm,      LLM_TENSOR_ATTN_NORM,      { n_embd                     });
         load(w.wo,             LLM_TENSOR_ATTN_OUT,       { n_embd_q, n_embd           });
@@ -248,5 +236,7 @@ void llama_model_hunyuan_moe::load_arch_tensors(llama_model_loader &) {
 }
 
 std::unique_ptr<llm_graph_context> llama_model_hunyuan_moe::build_arch_graph(const llm_graph_params & params) const {
-    return std::make_unique<hunyuan_moe_graph>(*this, params);
+    auto graph = std::make_unique<hunyuan_moe_graph>(*this, params);
+    graph->build();
+    return graph;
 }

@@ -1,0 +1,222 @@
+"""Hunyuan-Large in the engine: cross-layer attention, top-1 routing and heads of 80 against the float64 reference."""
+
+from __future__ import annotations
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import large_reference
+import numpy as np
+import pytest
+import reference
+from engine_eval import EngineRunError, evaluate
+from large_model import Large, write
+from reference import Array
+
+from hymoe.convert.convert import ConvertOptions, convert
+from hymoe.runtime.endpoint import Endpoint
+from hymoe.runtime.server import ServerExitError, ServerOptions, serve
+
+pytestmark = pytest.mark.engine
+
+N_TOKENS = 100
+# F16 keys and values move a probability by 1e-4: closer choices of an expert may turn over.
+MARGIN = 3e-4
+PUBLISHED = Large(n_expert=16)
+TIMEOUT = 120.0
+
+VARIANTS = {
+    "pairs": PUBLISHED,
+    "threes, the last group not full": Large(n_layer=7, factor=3, n_expert=16),
+    "all of one owner": Large(n_layer=3, factor=4),
+    "none shared": Large(cla=False),
+    "more heads to a key": Large(n_embd=320, n_head=4, n_head_kv=2),
+    "heads of 64": Large(n_head=4, n_head_kv=2, head_dim=64),
+    "untied head": Large(tied=False),
+    "two experts, normalised": Large(n_expert_used=2),
+}
+
+# F32 weights and F32 KV, 1e-13 here: what is left is the rounding of float32 sums.
+F32_BOUND = 1e-9
+# Flash attention rounds K and V to F16: 3e-7 here.
+FLASH_BOUND = 1e-5
+
+
+def converted(folder: Path, spec: Large, quant: str = "F32", **options: Any) -> tuple[Path, Path]:
+    checkpoint, gguf = folder / "checkpoint", folder / f"{quant}.gguf"
+    write(checkpoint, spec)
+    convert(ConvertOptions(checkpoint, gguf, quant=quant, **options))
+    return checkpoint, gguf
+
+
+class Case(NamedTuple):
+    """A file, a prompt without close choices, and what the reference says about it."""
+
+    gguf: Path
+    ids: list[int]
+    wanted: Array
+
+
+def case(checkpoint: Path, gguf: Path) -> Case:
+    """Take the first seed whose prompt leaves no expert closer than MARGIN to being chosen."""
+    for seed in range(100):
+        ids = [int(token) for token in np.random.default_rng(seed).integers(0, 2000, N_TOKENS)]
+        wanted, margin = large_reference.forward(checkpoint, ids)
+        if margin >= MARGIN:
+            return Case(gguf, ids, wanted)
+    raise AssertionError("every prompt has a close choice")
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """Give the F32 file of the published form."""
+    return case(*converted(tmp_path_factory.mktemp("large"), PUBLISHED))
+
+
+@pytest.mark.parametrize("spec", VARIANTS.values(), ids=VARIANTS.keys())
+def test_logits(spec: Large, tmp_path: Path) -> None:
+    gguf, ids, wanted = case(*converted(tmp_path, spec))
+    (plain,) = evaluate(gguf, [ids])
+    assert reference.kl(wanted, plain) <= F32_BOUND
+    (flash,) = evaluate(gguf, [ids], flash_attn=True)
+    assert reference.kl(wanted, flash) <= FLASH_BOUND
+
+
+def test_prompt_in_pieces(large: Case) -> None:
+    (got,) = evaluate(large.gguf, [large.ids], n_ubatch=37)
+    assert reference.kl(large.wanted, got) <= F32_BOUND
+
+
+# Eight bits in place of eleven, and no close choices where every expert answers.
+QUANTIZED_KV_BOUND = 1e-3
+
+
+def test_quantized_kv(tmp_path: Path) -> None:
+    """Heads of 64 may be quantized; the engine then keeps keys and values rotated."""
+    gguf, ids, wanted = case(*converted(tmp_path, Large(head_dim=64, n_expert=4, n_expert_used=4)))
+    (got,) = evaluate(gguf, [ids], flash_attn=True, kv="q8_0")
+    assert reference.kl(wanted, got) <= QUANTIZED_KV_BOUND
+
+
+@pytest.mark.parametrize("kv", ["q8_0", "bf16"])
+@pytest.mark.parametrize("flash_attn", [True, False])
+def test_heads_of_80_refuse_other_kv_types(large: Case, kv: str, flash_attn: bool) -> None:
+    with pytest.raises(EngineRunError, match=f"KV cache type {kv}: heads of 80 values"):
+        evaluate(large.gguf, [large.ids], flash_attn=flash_attn, kv=kv)
+
+
+# -- types, split files ----------------------------------------------------------------------------------------------
+
+# Rows of 384 are blocks of 32, but not of 256: K-quants fall back, as for the published 18304.
+BLOCKS = Large(n_layer=2, n_embd=256, n_head=4, n_head_kv=2, n_ff=384, n_expert=4)
+# What rounding the weights costs, and close choices of an expert that turn over with it.
+TYPE_BOUNDS = {"BF16": 1e-2, "Q8_0": 1e-2, "Q4_K_M": 2e-1}
+
+
+@pytest.mark.parametrize("quant", TYPE_BOUNDS)
+def test_types(quant: str, tmp_path: Path) -> None:
+    gguf, ids, wanted = case(*converted(tmp_path, BLOCKS, quant))
+    (got,) = evaluate(gguf, [ids])
+    assert reference.kl(wanted, got) <= TYPE_BOUNDS[quant]
+
+
+def test_split_files(large: Case, tmp_path: Path) -> None:
+    converted(tmp_path, PUBLISHED, split_max_bytes=2 << 20)
+    parts = sorted(tmp_path.glob("F32-*.gguf"))
+    assert len(parts) > 2
+    assert np.array_equal(evaluate(parts[0], [large.ids])[0], evaluate(large.gguf, [large.ids])[0])
+
+
+# -- bad files -------------------------------------------------------------------------------------------------------
+
+BAD_NUMBERS = {
+    "attention.shared_kv_factor": ("int:0", "hunyuan-large.attention.shared_kv_factor is 0: expected 1 or more"),
+    "expert_used_count": ("int:17", "hunyuan-large.expert_used_count is 17: expected 1 to expert_count, which is 16"),
+    "attention.head_count_kv": ("int:3", "hunyuan-large.attention.head_count_kv is 3: expected 1 to 2"),
+    "block_count": ("int:600", "hunyuan-large.block_count is 600: expected 1 to 512"),
+}
+
+
+@pytest.mark.parametrize("key", BAD_NUMBERS)
+def test_numbers_that_no_graph_can_run(key: str, large: Case) -> None:
+    value, message = BAD_NUMBERS[key]
+    with pytest.raises(EngineRunError, match=re.escape(message)):
+        evaluate(large.gguf, [[1]], overrides={f"hunyuan-large.{key}": value})
+
+
+# -- the server ------------------------------------------------------------------------------------------------------
+
+PROMPTS = [[int(token) for token in np.random.default_rng(seed).integers(0, 2000, 30 + seed)] for seed in range(4)]
+SERVERS = {
+    "flash attention, a cache each": ("-fa", "on", "--no-kv-unified"),
+    "flash attention, one cache": ("-fa", "on", "--kv-unified"),
+    "no flash attention, a cache each": ("-fa", "off", "--no-kv-unified"),
+    "no flash attention, one cache": ("-fa", "off", "--kv-unified"),
+}
+
+
+def complete(endpoint: Endpoint, prompt: list[int], **options: Any) -> dict[str, Any]:
+    """Ask for 24 tokens after `prompt`, the likeliest each."""
+    question = {
+        "prompt": prompt,
+        "n_predict": 24,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_tokens": True,
+        **options,
+    }
+    answer: dict[str, Any] = post(endpoint, "/completion", question)
+    assert len(answer["tokens"]) == 24
+    return answer
+
+
+def post(endpoint: Endpoint, path: str, content: dict[str, Any]) -> Any:
+    response = httpx.post(endpoint.url + path, json=content, timeout=TIMEOUT, trust_env=False)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+@pytest.mark.parametrize("flags", SERVERS.values(), ids=SERVERS.keys())
+def test_parallel_sequences_and_saved_slots(flags: tuple[str, ...], large: Case, tmp_path: Path) -> None:
+    with serve(ServerOptions(large.gguf, port=0, ctx=1024, threads=1, extra=flags)) as endpoint:
+        alone = [complete(endpoint, prompt, cache_prompt=False)["tokens"] for prompt in PROMPTS]
+    assert len({tuple(tokens) for tokens in alone}) == len(alone)
+    extra = (*flags, "--parallel", "4", "--slot-save-path", str(tmp_path))
+    with serve(ServerOptions(large.gguf, port=0, ctx=1024, threads=1, extra=extra)) as endpoint:
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(lambda one: complete(endpoint, one[1], id_slot=one[0]), enumerate(PROMPTS)))
+        assert [answer["tokens"] for answer in together] == alone
+        post(endpoint, "/slots/2?action=save", {"filename": "two"})
+        post(endpoint, "/slots/2?action=erase", {})
+        assert post(endpoint, "/slots/0?action=restore", {"filename": "two"})["n_restored"] >= len(PROMPTS[2])
+        again = complete(endpoint, PROMPTS[2], id_slot=0)
+    assert again["tokens"] == alone[2]
+    assert again["timings"]["cache_n"] >= len(PROMPTS[2]) - 1
+
+
+def kv_mib(gguf: Path, log: Path) -> float:
+    """Give the size of the cache as the engine reports it, at 4096 tokens."""
+    with serve(ServerOptions(gguf, port=0, ctx=4096, threads=1, log=log, extra=("--log-verbosity", "4"))):
+        pass
+    sizes = re.findall(r"llama_kv_cache: size = +([\d.]+) MiB \( *4096 cells", log.read_text("utf-8", "replace"))
+    return float(sizes[-1])
+
+
+def test_half_the_cache(tmp_path: Path) -> None:
+    sizes = {}
+    for cla in (True, False):
+        folder = tmp_path / str(cla)
+        folder.mkdir()
+        _, gguf = converted(folder, Large(cla=cla))
+        sizes[cla] = kv_mib(gguf, folder / "log")
+    assert sizes[False] == 4 * 2 * 4096 * 80 * 2 / 2**20  # layers, K and V, tokens, a head of F16
+    assert sizes[True] == sizes[False] / 2
+
+
+def test_hy_serve_names_the_kv_type(large: Case) -> None:
+    options = ServerOptions(large.gguf, port=0, ctx=512, threads=1, extra=("--cache-type-k", "q8_0"))
+    with pytest.raises(ServerExitError, match="KV cache type q8_0: heads of 80 values"), serve(options):
+        pass
