@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # 32,768 tokens of KV are 4 GiB for Hunyuan-A13B in F16; all of its 262,144 would be 32 GiB.
 DEFAULT_CTX = 32768
 TAIL_LINES = 12
+LOADING_ERROR = "error loading model: "
 POLL_SECONDS = 0.05
 STILL_LOADING_SECONDS = 10.0
 PORT_ATTEMPTS = 3
@@ -292,7 +293,10 @@ def _port_taken(port: int) -> ServerError:
 
 
 def _reason(tail: list[str]) -> str | None:
-    """Find the line that says why: the last one that speaks of an error, without the log's own prefix."""
+    """Find the line that says why: what is wrong with the model, or the last one that speaks of an error."""
+    for line in tail:
+        if (at := line.find(LOADING_ERROR)) >= 0:
+            return f"its log says: {line[at:].strip()}"
     for line in reversed(tail):
         if "error" in line.lower() or "failed" in line.lower():
             return f"its log says: {line.strip()}"
