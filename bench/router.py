@@ -1,12 +1,12 @@
 """Generation speed against the number of experts used, on a random Q4_K_M file with the layers of Hunyuan-A13B.
 
 What is measured, and how:
-  tokens/s     of generation on the CPU with `adaptive:MIN,1`, which keeps exactly MIN experts of 8; every process loads
-               the file from the page cache and decodes random tokens; the modes take turns, the median of the turns counts
-  speed-up     by that of 8 experts (`topk`), beside the ratio of bytes read per token: all weights but those of experts,
-               and the experts used
-  stock        prefill (one prompt) and generation of `topk` by those of the stock engine on the same file, in pairs, first
-               the one and then the other in front; left out where --stock names no folder
+  tokens/s     of generation on the CPU with `adaptive:MIN,1`, which keeps exactly MIN experts of 8; every process
+               loads the file from the page cache and decodes random tokens; the modes take turns, the median counts
+  speed-up     by that of 8 experts (`topk`), beside the ratio of bytes read per token: all weights but those of
+               experts, and the experts used
+  stock        prefill (one prompt) and generation of `topk` by those of the stock engine on the same file, in pairs,
+               first the one and then the other in front; left out where --stock names no folder
 
 Targets: at 5 experts 0.93 of the ratio of bytes; topk 0.98 of stock. Ends with status 1 where one is missed. The file
 is kept in --work for the next run; layers are as many as half of the free memory holds.
@@ -116,9 +116,8 @@ def compare_modes(options: argparse.Namespace, gguf: Path, n_layer: int) -> bool
         faster = median(speeds[number]) / full
         ratio = (size.always + kept[0] * size.expert) / (size.always + used[number] * size.expert)
         turns = " ".join(f"{speed:.2f}" for speed in speeds[number])
-        print(
-            f"{used[number]:8.2f}{median(speeds[number]):10.2f}{faster:10.3f}{ratio:8.3f}{faster / ratio:8.3f}   {turns}"
-        )
+        row = f"{used[number]:8.2f}{median(speeds[number]):10.2f}{faster:10.3f}{ratio:8.3f}{faster / ratio:8.3f}"
+        print(f"{row}   {turns}")
         met &= number != TARGET_EXPERTS or faster >= MIN_SHARE * ratio
     print(f"target at {TARGET_EXPERTS} experts: a share of {MIN_SHARE}: {'met' if met else 'MISSED'}")
     return met
