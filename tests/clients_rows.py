@@ -38,7 +38,7 @@ def refused(answer: httpx.Response, words: str) -> None:
 
 
 JSON_PATHS = (
-    *("/completion", "/completions", "/v1/completions", "/chat/completions", "/v1/chat/completions", "/infill"),
+    *("/completion", "/completions", "/v1/completions", "/chat/completions", "/v1/chat/completions"),
     *("/v1/responses", "/v1/messages", "/v1/messages/count_tokens", "/v1/chat/completions/input_tokens"),
     *("/tokenize", "/detokenize", "/apply-template", "/v1/token/encode", "/v1/token/decode"),
     *("/v1/internal/encode", "/v1/internal/decode", "/v1/internal/token-count", "/lora-adapters"),

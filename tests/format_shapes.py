@@ -42,7 +42,9 @@ _TIME_TEXT: Final = '{"name": "get_time", "arguments": {"zone": "Asia/Shanghai"}
 _THOUGHT: Final = "<think>\nHm, 好的。\n</think>\n"
 
 
-def _calls(name: str, text: str, *calls: Call, thought: str = _THOUGHT, content: str = "", mode: str = "tools") -> Shape:
+def _calls(
+    name: str, text: str, *calls: Call, thought: str = _THOUGHT, content: str = "", mode: str = "tools"
+) -> Shape:
     reasoning = "Hm, 好的。" if thought == _THOUGHT else ""
     return Shape(name, thought + text, reasoning, content, calls, mode)
 

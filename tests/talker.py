@@ -20,6 +20,8 @@ SAYS: Mapping[str, str] = {
     ),
     "answered": "<think>\nIt is known.\n</think>\n<answer>\n助手：The sum is 42.\n</answer>",
 }
+# Tokens of context that it takes long to count through.
+ENDLESS = 262144
 # Deterministic, and with the vendor's repetition penalty over the whole context.
 SAMPLING = (("temp", 0.0), ("penalty_repeat", 1.05), ("penalty_last_n", -1))
 

@@ -53,7 +53,10 @@ def test_thought_and_answer_are_the_bytes_of_their_spans(shape: Shape) -> None:
     marked = list(zip(text, kinds(text, mode=shape.mode, begun=shape.begun), strict=True))
     for part, kind in ((shape.reasoning, "thought"), (shape.content, "answer")):
         # a newline of the reader's own keeps two halves of a tag apart
-        assert bytes(byte for byte, is_kind in marked if is_kind == kind) in (part.encode(), part.replace("\n", "").encode())
+        assert bytes(byte for byte, is_kind in marked if is_kind == kind) in (
+            part.encode(),
+            part.replace("\n", "").encode(),
+        )
 
 
 @pytest.mark.parametrize(

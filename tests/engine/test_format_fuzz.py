@@ -16,7 +16,23 @@ N_SOUPS, N_SOUPS_LONG = 3000, 100_000
 TAGS = ("<think>", "</think>", "<answer>", "</answer>", "<tool_calls>", "</tool_calls>")
 TAG = re.compile("|".join(TAGS))
 SPACES = ("\n", " ", "\n\n", "\r\n", "\t", "\n  ")
-WORDS = ("Hm", "好", "no.", "😀", "a<b", "<", "</", "<t", "<think", "/answer>", "think>", "<answer", "<tool_call>", "助手：", "助")
+WORDS = (
+    "Hm",
+    "好",
+    "no.",
+    "😀",
+    "a<b",
+    "<",
+    "</",
+    "<t",
+    "<think",
+    "/answer>",
+    "think>",
+    "<answer",
+    "<tool_call>",
+    "助手：",
+    "助",
+)
 JSON = ('[{"name": "f", "arguments": {"x": 1}}]', '[{"name": "f"', ', "arguments": {"x": "<y>', '\\"\\n', "}", "]", "[", "{",
         '{"name": "g", "arguments": {}}', ",", "[]", '"', '{"a": ', "null")  # fmt: skip
 CODE = ("`", "```", "\n```\n", "``")

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from clients_rows import ADD, HELLO, ROWS, post, refused
+from clients_rows import ADD, HELLO, ROWS, clock, post, refused
 from scripted_model import VENDOR_SAMPLING
 from talker import HELLO as SAID
 from talker import write_talker
@@ -150,7 +150,7 @@ def test_the_key_opens_every_path_and_only_health_is_open(keyed: httpx.Client) -
         assert keyed.post(path, json={}).status_code == 401
     assert keyed.get("/health").status_code == 200
     bearer = {"Authorization": f"Bearer {KEY}"}
-    counted = keyed.post("/v1/internal/token-count", json={"text": "abc"}, headers=bearer)
+    counted = keyed.post("/v1/internal/token-count", json={"text": "XYZ"}, headers=bearer)
     assert counted.json() == {"length": 3}
 
 
@@ -214,34 +214,15 @@ def test_what_passes_with_the_stock_server_too(client: httpx.Client) -> None:
     text = "Hello <|extra_0|> 你好 🙂\n"
     tokens = post(client, "/tokenize", content=text)["tokens"]
     assert post(client, "/detokenize", tokens=tokens)["content"] == text
-    assert post(client, "/tokenize", content="a", add_special=True)["tokens"] == [tokens_of(client, "a")]
-    two = tokens_of(client, "two") if len(post(client, "/tokenize", content=" two")["tokens"]) == 1 else None
-    assert two is None or isinstance(two, int)
-    biased = post(client, "/completion", prompt=HELLO, n_predict=1, logit_bias=[[tokens_of(client, "Z"), 10000]])
+    assert post(client, "/tokenize", content="Z", add_special=True)["tokens"] == [token_of(client, "Z")]
+    biased = post(client, "/completion", prompt=HELLO, n_predict=1, logit_bias=[[token_of(client, "Z"), 10000]])
     assert biased["content"] == "Z"
 
 
-def tokens_of(client: httpx.Client, text: str) -> int:
+def token_of(client: httpx.Client, text: str) -> int:
     (token,) = post(client, "/tokenize", content=text)["tokens"]
     assert isinstance(token, int)
     return token
-
-
-@pytest.mark.parametrize("path", ["/completion", "/v1/completions", "/v1/chat/completions"])
-def test_a_closed_connection_frees_the_slot(client: httpx.Client, path: str) -> None:
-    body: dict[str, Any] = {"prompt": "count<|extra_0|>", "repeat_penalty": 1, "stream": True, "max_tokens": -1}
-    body["messages"] = [{"role": "user", "content": "count"}]
-    with client.stream("POST", path, json=body) as answer:
-        assert next(answer.iter_lines())
-        assert busy(client)
-    deadline = time.monotonic() + TIMEOUT
-    while busy(client):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def busy(client: httpx.Client) -> bool:
-    return any(slot["is_processing"] for slot in client.get("/slots").json())
 
 
 @pytest.mark.data
@@ -256,6 +237,5 @@ def test_the_clock_of_a_retry_and_of_other_tools(vendors: httpx.Client) -> None:
     first = prompt([ADD], user)
     time.sleep(1.1)
     assert prompt([ADD], user) == first
-    assert prompt([other], user) != first.replace('"add"', '"other"')
-    system = {"role": "system", "content": "Be brief."}
-    assert prompt([ADD], system, user)[-30:] != first[-30:]
+    assert clock(prompt([other], user)) > clock(first)
+    assert clock(prompt([ADD], {"role": "system", "content": "Be brief."}, user)) > clock(first)
