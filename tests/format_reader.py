@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Final
+from typing import Any, Final
 
 from format_shapes import Call
 
@@ -31,8 +31,9 @@ class Message:
 @cache
 def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(engine.find().library("llama-common")))
-    text, buffer = [ctypes.c_char_p, ctypes.c_size_t], [ctypes.c_char_p, ctypes.c_size_t]
-    options = [ctypes.c_char_p, ctypes.c_int, ctypes.c_int]
+    text: list[Any] = [ctypes.c_char_p, ctypes.c_size_t]
+    buffer: list[Any] = [ctypes.c_char_p, ctypes.c_size_t]
+    options: list[Any] = [ctypes.c_char_p, ctypes.c_int, ctypes.c_int]
     library.hymoe_hunyuan_parse.argtypes = [*text, ctypes.c_bool, *options, *buffer]
     library.hymoe_hunyuan_parse.restype = ctypes.c_size_t
     library.hymoe_hunyuan_stream.argtypes = [*text, ctypes.POINTER(ctypes.c_size_t), ctypes.c_size_t, *options, *buffer]

@@ -33,7 +33,8 @@ WORDS = (
     "助手：",
     "助",
 )
-JSON = ('[{"name": "f", "arguments": {"x": 1}}]', '[{"name": "f"', ', "arguments": {"x": "<y>', '\\"\\n', "}", "]", "[", "{",
+CALL = '[{"name": "f", "arguments": {"x": 1}}]'
+JSON = (CALL, '[{"name": "f"', ', "arguments": {"x": "<y>', '\\"\\n', "}", "]", "[", "{",
         '{"name": "g", "arguments": {}}', ",", "[]", '"', '{"a": ', "null")  # fmt: skip
 CODE = ("`", "```", "\n```\n", "``")
 
