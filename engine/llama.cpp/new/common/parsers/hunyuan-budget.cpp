@@ -20,7 +20,6 @@ struct hunyuan_budget {
     common_reasoning_budget_state state = REASONING_BUDGET_IDLE;
 
     void accept(llama_token token);
-    void count(bool opened);
     void force();
 };
 
@@ -39,16 +38,12 @@ void hunyuan_budget::accept(llama_token token) {
         n_forced = 0;
         state    = REASONING_BUDGET_DONE;
     }
-    if (reader.in_thought()) {
-        count(!was_open || state == REASONING_BUDGET_DONE);
-    } else if (was_open) {
-        state = REASONING_BUDGET_DONE;
+    if (!reader.in_thought()) {
+        state = was_open ? REASONING_BUDGET_DONE : state;
+        return;
     }
-}
-
-// After a token that leaves the thought open, or has just opened it.
-void hunyuan_budget::count(bool opened) {
-    remaining = opened ? budget : std::max(remaining - 1, 0);
+    // the token that opens the thought is none of its own
+    remaining = std::max(remaining - was_open, 0);
     if (remaining > 0) {
         state = REASONING_BUDGET_COUNTING;
     } else {

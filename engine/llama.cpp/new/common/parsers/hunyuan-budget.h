@@ -6,8 +6,8 @@
 #include "reasoning-budget.h"
 
 // A sampler that ends a thought after params.reasoning_budget_tokens tokens: it then forces params.reasoning_budget_forced,
-// at the end of a character and never inside a tag that the model has begun. A thought may end in other ways; a second
-// thought has a budget of its own. Null where params describe another format than HunYuan's.
+// at the end of a character and never inside a tag that the model has begun. All thoughts of an output share the budget: one
+// that is opened again right after the forced end gets nothing. Null where params describe another format than HunYuan's.
 llama_sampler * hunyuan_budget_init(const llama_vocab * vocab, const common_params_sampling & params);
 
 bool                          hunyuan_budget_is(const llama_sampler * smpl);

@@ -17,11 +17,11 @@ const std::string THINK = "<think>", THINK_END = "</think>", CALLS = "<tool_call
 // The model's own way from a thought to the answer; a budget forces it.
 const std::string TO_ANSWER = "\n</think>\n<answer>\n";
 
-// A call's opening as far as it goes at the end of the text, so that the grammar starts only on what it accepts.
-// Spaces are those of the grammar's `space`.
+// A call's opening as far as it goes at the end of the text, so that the grammar starts only on what it accepts: after the
+// brace, since an empty array is no call. Spaces are those of the grammar's `space`.
 const std::string SPACE   = "(?: |\\n{1,2}[ \\t]{0,20})?";
-const std::string TRIGGER = "(?:^|\\n|>|：|:)[ \\t]*(<tool_calls>" + SPACE + "\\[" + SPACE + "(?:\\{" + SPACE +
-                            "(?:\"(?:n(?:a(?:m(?:e(?:\"(?:" + SPACE + "(?::" + SPACE + "\"?)?)?)?)?)?)?)?)?)?)$";
+const std::string TRIGGER = "(?:^|\\n|>|：|:)[ \\t]*(<tool_calls>" + SPACE + "\\[" + SPACE + "\\{" + SPACE +
+                            "(?:\"(?:n(?:a(?:m(?:e(?:\"(?:" + SPACE + "(?::" + SPACE + "\"?)?)?)?)?)?)?)?)?)$";
 
 // The template's text after the last special token: what it has written for the model.
 std::string begun_answer(const std::string & prompt) {
@@ -149,10 +149,9 @@ common_chat_params common_chat_params_init_hunyuan(const common_chat_template & 
     data.prompt += added;
     data.generation_prompt += added;
 
+    // the request's own grammar goes to the sampler as it is: one of ours would have to accept the generation prompt first
     if (inputs.grammar.empty()) {
         constrain(data, inputs, has_calls);
-    } else {
-        data.grammar = inputs.grammar;
     }
     return data;
 }

@@ -1,0 +1,303 @@
+"""HunYuan's format through the real server: shapes, thinking, budget, tools, JSON; whole and streamed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from format_client import TIMEOUT, Book, ask, function, message_of, stream
+from format_reader import Message
+from format_shapes import FAST, SHAPES, Call, Shape
+from openai import OpenAI
+from openai.types.chat import ChatCompletionMessageParam
+from scripted_model import NEWLINE, Script, write_scripted
+
+from hymoe.chat_templates import fallback
+from hymoe.runtime.server import ServerOptions, serve
+
+pytestmark = pytest.mark.engine
+
+WEATHER = function("get_weather", city={"type": "string"}, days={"type": "integer"})
+CLOCK = function("get_time", zone={"type": "string"})
+# With these a grammar leaves a model little to say.
+SHORT = function("turn", side={"enum": ["left", "right"]})
+OTHER = function("halt", at={"enum": ["once", "noon"]})
+TWO_CALLS = (Call("get_weather", '{"city": "北京", "days": 3}'), Call("get_time", '{"zone": "Asia"}'))
+PARALLEL: dict[str, Any] = {"tools": [WEATHER, CLOCK], "parallel_tool_calls": True}
+QUESTION = [{"role": "user", "content": "hi"}]
+LONG_THOUGHT = "one two three four five six seven eight nine ten 十一 十二 十三 "
+THINK, ANSWER = "<think>\nHm.\n</think>\n", "<answer>\nYes.\n</answer>"
+
+
+def plain_shapes() -> list[Shape]:
+    """Shapes that a server can be made to say: no call, so no grammar meddles."""
+    unbegun = [shape for shape in SHAPES if not shape.calls and shape.begun in ("", FAST)]
+    return [shape for shape in unbegun if shape.mode != "tools" or "{" not in shape.text]
+
+
+def models(folder: Path, shapes: list[Shape]) -> Iterator[tuple[Path, dict[str, Shape]]]:
+    """Pack shapes into as few models as will hold them; a shape is asked for by its word."""
+    book, words = Book(), dict[str, Shape]()
+    for number, shape in enumerate(shapes):
+        word = f"shape{number};"
+        try:
+            if len(words) == 15:
+                raise ValueError
+            book.add(word, shape.text, closed=shape.begun == FAST)
+        except ValueError:
+            yield book.write(folder / f"{number}.gguf", fallback()), words
+            book, words = Book(), {}
+            book.add(word, shape.text, closed=shape.begun == FAST)
+        words[word] = shape
+    yield book.write(folder / "last.gguf", fallback()), words
+
+
+def test_every_shape_whole_and_streamed(tmp_path: Path) -> None:
+    seen = 0
+    for model, words in models(tmp_path, plain_shapes()):
+        with serve(ServerOptions(model, port=0, threads=1)) as endpoint:
+            for word, shape in words.items():
+                more: dict[str, Any] = {} if shape.mode == "plain" else {"tools": [WEATHER]}
+                more |= {"tool_choice": "none"} if shape.mode == "no_calls" else {}
+                more |= {"chat_template_kwargs": {"enable_thinking": False}} if shape.begun == FAST else {}
+                expected = Message(shape.reasoning, shape.content, ())
+                assert message_of(ask(endpoint.url, word, **more)) == expected, shape
+                assert stream(endpoint.url, word, **more)[0] == expected, shape
+                seen += 1
+    assert seen == len(plain_shapes()) > 30
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server whose model answers each word below in its own way."""
+    book = Book()
+    book.add("", THINK + ANSWER)
+    book.add("fast;", "<answer>\nAt once.\n</answer>", closed=True)
+    book.add("dawdle;", f"<think>\n{LONG_THOUGHT}\n</think>\n<answer>\nDone at last.\n</answer>")
+    calls = ", ".join(f'{{"name": "{name}", "arguments": {arguments}}}' for name, arguments in TWO_CALLS)
+    book.add("weather;", f"<think>\nLook.\n</think>\n<answer>\n<tool_calls>[{calls}]</tool_calls>\n</answer>")
+    book.add("sunny;", "<think>\nIt says sun.\n</think>\n<answer>\n助手：Sun in Beijing.\n</answer>")
+    book.add("chatter;", "<think>\nI would rather talk.\n</think>\n<answer>\nLet us talk.\n</answer>")
+    book.add("fields;", '<think>\nFields.\n</think>\n<answer>\n{"side": "left"}\n</answer>')
+    model = book.write(tmp_path_factory.mktemp("format") / "m.gguf", fallback())
+    with serve(ServerOptions(model, port=0, threads=1)) as endpoint:
+        yield endpoint.url
+
+
+def test_thinking_is_on_unless_a_request_turns_it_off(url: str) -> None:
+    on: list[dict[str, Any]] = [{}, {"chat_template_kwargs": {"enable_thinking": True}}]
+    off: list[dict[str, Any]] = [{"chat_template_kwargs": {"enable_thinking": False}}, {"reasoning_effort": "none"}]
+    for more in on:
+        assert message_of(ask(url, "hi", **more)) == Message("Hm.", "Yes.", ())
+    for more in off:
+        assert message_of(ask(url, "fast;", **more)) == Message("", "At once.", ())
+        assert stream(url, "fast;", **more)[0] == Message("", "At once.", ())
+
+
+@pytest.mark.parametrize("words", ["/no_think hi", "/think hi"])
+def test_the_vendor_s_switches_are_the_user_s_text(url: str, words: str) -> None:
+    body = {"messages": [{"role": "user", "content": words}]}
+    prompt = httpx.post(f"{url}/apply-template", json=body, timeout=TIMEOUT).json()["prompt"]
+    assert prompt == f"<|startoftext|>{words}<|extra_0|>"
+
+
+@pytest.fixture(scope="module")
+def dawdler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server whose model never ends a thought by itself, and answers where one has been ended."""
+    book = Book()
+    book.add("", f"<think>\n{LONG_THOUGHT}", circle=4)
+    book.add("", "Done.\n</answer>", closed=True)
+    with serve(
+        ServerOptions(book.write(tmp_path_factory.mktemp("dawdler") / "m.gguf", fallback()), port=0, threads=1)
+    ) as endpoint:
+        yield endpoint.url
+
+
+@pytest.mark.parametrize("budget", [0, 1, 2, 5, 9, 40])
+@pytest.mark.parametrize("field", ["reasoning_budget_tokens", "thinking_budget_tokens"])
+def test_a_budget_ends_the_thought_in_the_model_s_own_way(dawdler: str, budget: int, field: str) -> None:
+    message, deltas = stream(dawdler, "hi", **{field: budget})
+    thoughts = [delta["reasoning_content"] for delta in deltas if delta.get("reasoning_content")]
+    # one delta for each token of the thought; pieces are four characters or a few more
+    assert budget - 2 <= len(thoughts) <= budget
+    assert (LONG_THOUGHT * 9).startswith(message.reasoning[: len(LONG_THOUGHT)])
+    assert message.content == "Done."
+    assert message_of(ask(dawdler, "hi", **{field: budget})) == message
+
+
+def test_a_budget_that_suffices_changes_nothing(url: str) -> None:
+    assert message_of(ask(url, "dawdle;", reasoning_budget_tokens=100)) == Message(
+        LONG_THOUGHT.strip(), "Done at last.", ()
+    )
+
+
+def test_a_budget_ends_characters_and_tags_whole(tmp_path: Path) -> None:
+    halves = [b"\xe5\x8d", b"\x81\xe4", b"\xb8\x80", "</", "thi", "nk> ", "<answ", "er>", "So."]
+    scripts = [Script(["<think", ">", *halves]), Script(["Done."], after=NEWLINE)]
+    with serve(
+        ServerOptions(write_scripted(tmp_path / "m.gguf", scripts, template=fallback()), port=0, threads=1)
+    ) as endpoint:
+        said = [message_of(ask(endpoint.url, "hi", reasoning_budget_tokens=budget)) for budget in range(8)]
+    ended, by_itself = Message("十一", "Done.", ()), Message("十一", "So.", ())
+    assert said == [Message("", "Done.", ()), *[ended] * 3, *[by_itself] * 4]
+
+
+def test_what_a_budget_says_before_it_ends_the_thought(dawdler: str) -> None:
+    more = {"reasoning_budget_tokens": 4, "reasoning_budget_message": "\nEnough."}
+    message = message_of(ask(dawdler, "hi", **more))
+    assert message.reasoning.endswith("\nEnough.")
+    assert message.content == "Done."
+
+
+def test_a_thought_is_ended_on_request(dawdler: str) -> None:
+    body = {"messages": QUESTION, "max_tokens": 3000, "stream": True, "reasoning_control": True}
+    said: list[str] = []
+    thought = 0
+    with httpx.stream("POST", f"{dawdler}/v1/chat/completions", json=body, timeout=TIMEOUT) as lines:
+        for line in lines.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            chunk = json.loads(line.removeprefix("data: "))
+            delta = chunk["choices"][0]["delta"]
+            said.append(delta.get("content") or "")
+            thought += bool(delta.get("reasoning_content"))
+            if thought == 20:
+                control = {"id": chunk["id"], "action": "reasoning_end"}
+                answer = httpx.post(f"{dawdler}/v1/chat/completions/control", json=control, timeout=TIMEOUT)
+                assert answer.json()["success"]
+    assert "".join(said) == "Done."
+    assert thought < 2000
+
+
+@pytest.mark.parametrize(
+    ("reasoning_format", "expected"),
+    [
+        ("none", Message("", f"{THINK}Yes.", ())),
+        ("deepseek", Message("Hm.", "Yes.", ())),
+        ("deepseek-legacy", Message("Hm.", f"{THINK}Yes.", ())),
+    ],
+)
+def test_where_a_request_wants_the_thought(url: str, reasoning_format: str, expected: Message) -> None:
+    assert message_of(ask(url, "hi", reasoning_format=reasoning_format)) == expected
+    assert stream(url, "hi", reasoning_format=reasoning_format)[0] == expected
+
+
+def test_an_answer_that_is_cut_keeps_what_came(url: str) -> None:
+    answer = ask(url, "dawdle;", max_tokens=6)
+    message = message_of(answer)
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert message.reasoning
+    assert LONG_THOUGHT.startswith(message.reasoning)
+    assert not message.content
+
+
+def test_calls_whole_and_streamed(url: str) -> None:
+    answer = ask(url, "weather;", **PARALLEL)
+    assert answer["choices"][0]["finish_reason"] == "tool_calls"
+    assert message_of(answer) == Message("Look.", "", TWO_CALLS)
+    message, deltas = stream(url, "weather;", **PARALLEL)
+    assert message == Message("Look.", "", TWO_CALLS)
+    arguments = [call for delta in deltas for call in delta.get("tool_calls") or []]
+    assert len(arguments) > 4, "arguments grow"
+
+
+def test_no_calls_where_none_are_wanted(url: str) -> None:
+    message = message_of(ask(url, "weather;", **PARALLEL, tool_choice="none"))
+    assert not message.calls
+    assert json.loads(message.content)[0]["name"] == "get_weather"
+
+
+@pytest.mark.parametrize(
+    ("tool_choice", "name"),
+    [
+        ("required", None),
+        ({"type": "function", "function": {"name": "halt"}}, "halt"),
+        ({"type": "function", "function": {"name": "turn"}}, "turn"),
+    ],
+)
+@pytest.mark.parametrize("words", ["chatter;", "fast;"])
+def test_a_call_that_is_required_is_made(url: str, tool_choice: Any, name: str | None, words: str) -> None:
+    more = {"tools": [SHORT, OTHER], "tool_choice": tool_choice, "parallel_tool_calls": False}
+    more |= {"chat_template_kwargs": {"enable_thinking": words != "fast;"}}
+    message = message_of(ask(url, words, **more))
+    assert stream(url, words, **more)[0] == message
+    assert message.reasoning == ("I would rather talk." if words == "chatter;" else "")
+    assert message.content == ""
+    (call,) = message.calls
+    assert call.name in ([name] if name else ["turn", "halt"])
+    (argument,) = json.loads(call.arguments).items()
+    assert argument in [("side", "left"), ("side", "right"), ("at", "once"), ("at", "noon")]
+
+
+def test_a_budget_and_a_required_call(dawdler: str) -> None:
+    more = {"tools": [SHORT], "tool_choice": "required", "parallel_tool_calls": False, "reasoning_budget_tokens": 5}
+    message = message_of(ask(dawdler, "hi", **more))
+    assert message.reasoning
+    assert LONG_THOUGHT.startswith(message.reasoning)
+    assert [call.name for call in message.calls] == ["turn"]
+
+
+@pytest.mark.parametrize(
+    "tool_choice", [{"type": "function", "function": {"name": "fly"}}, {"function": "turn"}, 3, "sometimes"]
+)
+def test_a_choice_that_means_nothing_is_a_400(url: str, tool_choice: Any) -> None:
+    body = {"messages": [{"role": "user", "content": "hi"}], "tools": [SHORT], "tool_choice": tool_choice}
+    response = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=TIMEOUT)
+    assert response.status_code == 400
+    assert response.json()["error"]["message"]
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"side": {"enum": ["left", "right"]}},
+    "required": ["side"],
+    "additionalProperties": False,
+}
+FORMATS: list[dict[str, Any]] = [
+    {"response_format": {"type": "json_schema", "json_schema": {"name": "turn", "schema": SCHEMA}}},
+    {"response_format": {"type": "json_object", "schema": SCHEMA}},
+    {"json_schema": SCHEMA},
+]
+
+
+@pytest.mark.parametrize("wanted", FORMATS, ids=["json_schema", "json_object", "llama.cpp"])
+@pytest.mark.parametrize("words", ["fields;", "chatter;", "fast;"])
+def test_json_comes_bare_and_the_thought_stays_free(url: str, wanted: dict[str, Any], words: str) -> None:
+    more = {**wanted, "chat_template_kwargs": {"enable_thinking": words != "fast;"}}
+    message = message_of(ask(url, words, **more))
+    assert stream(url, words, **more)[0] == message
+    assert message.reasoning == {"fields;": "Fields.", "chatter;": "I would rather talk.", "fast;": ""}[words]
+    assert json.loads(message.content)["side"] in ("left", "right")
+
+
+def test_a_grammar_of_the_request_s_own_is_the_whole_content(url: str) -> None:
+    message = message_of(ask(url, "chatter;", grammar='root ::= "left" | "right"'))
+    assert message.reasoning == ""
+    assert message.content in ("left", "right")
+
+
+def test_tools_round_trip_with_the_openai_client(url: str) -> None:
+    with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        create = client.chat.completions.create
+        history: list[ChatCompletionMessageParam] = [{"role": "user", "content": "weather;"}]
+        first = create(model="any", messages=history, max_tokens=200, **PARALLEL).choices[0].message
+        calls = first.tool_calls or []
+        assert [call.type for call in calls] == ["function", "function"]
+        history.append(first.to_dict())  # type: ignore[arg-type]
+        history += [{"role": "tool", "tool_call_id": call.id, "content": "sunny;"} for call in calls]
+        second = create(model="any", messages=history, max_tokens=200, **PARALLEL).choices[0].message
+        assert second.content == "Sun in Beijing."
+        assert not second.tool_calls
+        chunks = list(create(model="any", messages=history, max_tokens=200, **PARALLEL, stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == "Sun in Beijing."
+
+
+def test_a_message_is_continued(url: str) -> None:
+    history = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Yes, and "}]
+    body = {"messages": history, "continue_final_message": True, "add_generation_prompt": False}
+    prompt = httpx.post(f"{url}/apply-template", json=body, timeout=TIMEOUT).json()["prompt"]
+    assert prompt == "<|startoftext|>hi<|extra_0|><think>\n\n</think>\n<answer>\nYes, and "
