@@ -81,12 +81,21 @@ void hymoe_chat_logprobs::add(const completion_token_output & token, bool post_s
     }
 }
 
+// What is thought and what is answer in `text`; all is answer where another parser reads it.
+static std::vector<hunyuan_span> spans_of(const std::string & text, bool is_partial, const common_chat_parser_params & params) {
+    if (params.format < COMMON_CHAT_FORMAT_HUNYUAN || params.format > COMMON_CHAT_FORMAT_HUNYUAN_NO_CALLS) {
+        return { { 0, text.size(), hunyuan_kind::answer } };
+    }
+    return hunyuan_spans(text, is_partial, params.generation_prompt, hunyuan_mode_of(params));
+}
+
 json hymoe_chat_logprobs::take(const std::string & text, bool is_partial, const common_chat_parser_params & params) {
-    const auto spans = hunyuan_spans(text, is_partial, params.generation_prompt, hunyuan_mode_of(params));
+    const auto spans = spans_of(text, is_partial, params);
     const bool is_held = !spans.empty() && spans.back().kind == hunyuan_kind::held;
     const size_t n_certain = is_held ? spans.back().begin : text.size();
 
     json content = json::array(), reasoning = json::array();
+    json & thoughts = params.reasoning_format == COMMON_REASONING_FORMAT_NONE ? content : reasoning;
     auto span = spans.begin();
     for (; !waiting.empty(); waiting.pop_front()) {
         const auto & [piece, entry] = waiting.front();
@@ -101,7 +110,7 @@ json hymoe_chat_logprobs::take(const std::string & text, bool is_partial, const 
             const size_t first = std::max(part->begin, n_past);
             const std::string own = piece.substr(first - n_past, std::min(part->end, end) - first);
             if (part->kind == hunyuan_kind::thought) {
-                give(reasoning, open_thought, entry, own, "thought");
+                give(thoughts, open_thought, entry, own, "thought");
             } else if (part->kind == hunyuan_kind::answer) {
                 give(content, open_answer, entry, own, "answer");
             }

@@ -23,7 +23,7 @@ size_t hymoe_characters(const std::string & text);
 
 // The logprobs of a chat's answer. A token's text may be thought, answer or a tag, which is known only later: until then
 // the token waits. Tokens of tags and of calls are left out, so that the tokens of `content` joined are the message's
-// content, and those of `reasoning_content` its thought.
+// content, and those of `reasoning_content` its thought; with reasoning_format none the thought is among the content.
 class hymoe_chat_logprobs {
 public:
     // The next generated token.
