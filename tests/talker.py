@@ -19,7 +19,13 @@ SAYS: Mapping[str, str] = {
         '<tool_calls>[{"name": "add", "arguments": {"a": 17, "b": 25}}]</tool_calls>\n</answer>'
     ),
     "answered": "<think>\nIt is known.\n</think>\n<answer>\n助手：The sum is 42.\n</answer>",
+    "tagged": "<think>\n1 < 2 but\n\nno </b>\n</think>\n<answer>\n\n3 <4, 5</i> \n  <ans  </answer>\n",
+    "turning": '<think>\nWhich?\n</think>\n<answer>\n{"side": "left"}\n</answer>',
 }
+# What follows a thought that the template or a budget has closed.
+BUDGETED = "Fast reply"
+# The word for an object in JSON, and what its only field may be.
+SHORT, SIDES = "turning", ["left", "right"]
 # Tokens of context that it takes long to count through.
 ENDLESS = 262144
 # Deterministic, and with the vendor's repetition penalty over the whole context.
@@ -32,8 +38,8 @@ def write_talker(
     """Write the model, with our template unless another is given."""
     scripts = [Script(pieces := cut(HELLO))]
     taken = {str(piece) for piece in pieces}
-    for marker, text in SAYS.items():
-        pieces = cut(text, taken=frozenset(taken))
+    for size, (marker, text) in enumerate(SAYS.items(), 5):  # texts that are cut otherwise share fewer pieces
+        pieces = cut(text, size, frozenset(taken))
         taken |= set(pieces)
         scripts.append(Script(pieces, when=marker, stop=STOP_2 if marker == "weather" else "<|eos|>"))
     scripts += [

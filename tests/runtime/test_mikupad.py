@@ -208,6 +208,43 @@ def test_openai_text_mode(endpoint: Endpoint, stream: bool) -> None:
     assert all(len(token.alternatives) > 5 and token.content in token.alternatives for token in tokens)
 
 
+CHAT = {"messages": [{"role": "user", "content": "hi"}]}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_chat_mode(endpoint: Endpoint, stream: bool) -> None:
+    """The answer alone, without tags: with streaming from the deltas, without from the tokens of the probabilities."""
+    with Page(endpoint) as page:
+        body = openai_body(CHAT, stream=stream)
+        if stream:
+            choices = [event["choices"][0] for event in page.events("/v1/chat/completions", body)]
+        else:
+            entries = page.post("/v1/chat/completions", body)["choices"][0]["logprobs"]["content"]
+            choices = [
+                {
+                    "delta": {"content": entry["token"]},
+                    "logprobs": {"content": [{"top_logprobs": entry["top_logprobs"]}]},
+                }
+                for entry in entries
+            ]
+    tokens = [token for choice in choices if (token := read_choice(choice))]
+    assert text_of(tokens) == REPLY
+    assert sum(len(token.alternatives) > 5 for token in tokens) >= len(tokens) - 1
+
+
+@pytest.mark.parametrize("format_flag", ["none", "deepseek-legacy"])
+def test_chat_mode_with_thoughts(llama_server: Path, tmp_path: Path, format_flag: str) -> None:
+    """Who wants to see thoughts there starts the server with --reasoning-format."""
+    extra = ("--reasoning-format", format_flag)
+    with (
+        serve(ServerOptions(write_talker(tmp_path / "m.gguf"), port=0, threads=1, extra=extra)) as endpoint,
+        Page(endpoint, "") as page,
+    ):
+        events = page.events("/v1/chat/completions", openai_body(CHAT, stream=True))
+        tokens = [token for event in events if (token := read_choice(event["choices"][0]))]
+    assert text_of(tokens) == f"<think>\n{THOUGHT}\n</think>\n{REPLY}"
+
+
 def test_openai_mode_counts_and_names_tokens(endpoint: Endpoint) -> None:
     text = "Hello, 你好"
     with Page(endpoint) as page:
