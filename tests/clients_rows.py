@@ -1,0 +1,183 @@
+"""What the API must do where the stock server falls short: one check for each row, for our server and for stock's.
+
+A check asks a server of the model that `talker` writes, with the vendor's template, and asserts what must hold.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import httpx
+
+HELLO = "hi<|extra_0|>"
+ADD = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "description": "Add two numbers.",
+        "parameters": {"type": "object", "properties": {"a": {"type": "number"}, "b": {"type": "number"}}},
+    },
+}
+
+
+def post(client: httpx.Client, path: str, **body: Any) -> Any:
+    """The answer's JSON; raises AssertionError where the status is not 200."""
+    answer = client.post(path, json=body)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def refused(answer: httpx.Response, words: str) -> None:
+    """A request that is wrong: status 400 and OpenAI's form of an error, which says `words`."""
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert (error["code"], error["type"]) == (400, "invalid_request_error")
+    assert words in error["message"]
+
+
+JSON_PATHS = (
+    *("/completion", "/completions", "/v1/completions", "/chat/completions", "/v1/chat/completions"),
+    *("/v1/responses", "/v1/messages", "/v1/messages/count_tokens", "/v1/chat/completions/input_tokens"),
+    *("/tokenize", "/detokenize", "/apply-template", "/v1/token/encode", "/v1/token/decode"),
+    *("/v1/internal/encode", "/v1/internal/decode", "/v1/internal/token-count", "/lora-adapters"),
+)
+
+
+def broken_json(client: httpx.Client) -> None:
+    """Broken JSON."""
+    for path in JSON_PATHS:
+        refused(client.post(path, content=b'{"prompt": "a", '), "parse error")
+
+
+def values_of_a_wrong_type(client: httpx.Client) -> None:
+    """Values of another type than expected."""
+    refused(client.post("/tokenize", json={"content": 5}), "must be string")
+    refused(client.post("/v1/chat/completions", json={"messages": 5}), "to be an array")
+    refused(client.post("/v1/chat/completions", json={"messages": ["hi"]}), "must be an object")
+
+
+def ids_out_of_range(client: httpx.Client) -> None:
+    """Token ids that are none."""
+    for path in ("/detokenize", "/v1/internal/decode", "/v1/token/decode"):
+        for token in (10**9, -1, 10**30, 2**64 - 1, 1.5, "1", None):
+            refused(client.post(path, json={"tokens": [1, token]}), "token")
+        refused(client.post(path, json={"tokens": 1}), "must be an array")
+
+
+def unknown_role(client: httpx.Client) -> None:
+    """A role that no template has a place for."""
+    for role in ("wizard", "", "User", "function"):
+        for path in ("/v1/chat/completions", "/apply-template", "/v1/chat/completions/input_tokens"):
+            refused(client.post(path, json={"messages": [{"role": role, "content": "hi"}]}), "unknown role")
+
+
+def empty_messages(client: httpx.Client) -> None:
+    """Nothing to answer."""
+    for path in ("/v1/chat/completions", "/apply-template"):
+        refused(client.post(path, json={"messages": []}), "must not be empty")
+
+
+def legacy_logprobs(client: httpx.Client) -> None:
+    """/v1/completions without streaming."""
+    (choice,) = post(client, "/v1/completions", prompt=HELLO, logprobs=3)["choices"]
+    logprobs = choice["logprobs"]
+    tokens = logprobs["tokens"]
+    assert "".join(tokens) == choice["text"] != ""
+    assert [logprobs["text_offset"][i] for i in range(len(tokens))] == [
+        len("".join(tokens[:i])) for i in range(len(tokens))
+    ]
+    assert all(-0.1 < value <= 0 for value in logprobs["token_logprobs"])
+    for token, top in zip(tokens, logprobs["top_logprobs"], strict=True):
+        assert len(top) == 3
+        assert max(top, key=lambda word: float(top[word])) == token or not token
+
+
+def logprobs_up_to_a_stop_string(client: httpx.Client) -> None:
+    """The tokens of an answer that a stop string ended in the middle of a token."""
+    answer = post(client, "/completion", prompt="alphabet<|extra_0|>", n_probs=2, stop=["bcd"], temperature=0)
+    assert answer["content"] == "a"
+    assert [entry["token"] for entry in answer["completion_probabilities"]] == ["a"]
+
+
+def echo(client: httpx.Client) -> None:
+    """The prompt in front of the text."""
+    text = post(client, "/v1/completions", prompt=HELLO)["choices"][0]["text"]
+    echoed = post(client, "/v1/completions", prompt=HELLO, echo=True)["choices"][0]["text"]
+    assert echoed == HELLO + text
+
+
+def token_endpoints(client: httpx.Client) -> None:
+    """The tokenizer under the names that UIs try."""
+    text = "Hello there, 你好"
+    wanted = post(client, "/tokenize", content=text)["tokens"]
+    for path, key in (("/v1/token/encode", "prompt"), ("/v1/token/encode", "text"), ("/v1/internal/encode", "text")):
+        assert post(client, path, **{key: text}) == {"tokens": wanted, "length": len(wanted)}
+    assert post(client, "/v1/internal/token-count", text=text) == {"length": len(wanted)}
+    for path in ("/v1/token/decode", "/v1/internal/decode"):
+        assert post(client, path, tokens=wanted) == {"text": text}
+    assert client.post("/v1/internal/stop-generation").status_code == 200
+
+
+def breakers_in_a_string(client: httpx.Client) -> None:
+    """dry_sequence_breakers as UIs of other servers send them."""
+    for breakers in ('["\\n", ":", "\\"", "*"]', '"\\n", ":", "\\"", "*"', ["\n", ":", '"', "*"]):
+        answer = post(
+            client, "/completion", prompt=HELLO, n_predict=1, dry_multiplier=0.5, dry_sequence_breakers=breakers
+        )
+        assert answer["generation_settings"]["dry_sequence_breakers"] == ["\n", ":", '"', "*"]
+    for wrong in ("", "[1]", '"a', 5, []):
+        refused(client.post("/completion", json={"prompt": HELLO, "dry_sequence_breakers": wrong}), "breakers")
+
+
+def penalty_over_the_whole_context(client: httpx.Client) -> None:
+    """A window of -1, in the file: what was said more than 64 tokens ago is penalised too."""
+    first = post(client, "/completion", prompt="count<|extra_0|>", n_predict=2, return_tokens=True, repeat_penalty=1.0)
+    assert first["content"] == "one two"
+    said = [first["tokens"][1], *post(client, "/tokenize", content="x" * 200)["tokens"]]
+    prompt = [said + post(client, "/tokenize", content="count<|extra_0|>")["tokens"]]
+    assert post(client, "/completion", prompt=prompt, n_predict=2)["content"] == "one deux"
+    for window, wanted in ((64, "one two"), (-1, "one deux"), (0, "one two")):
+        answer = post(client, "/completion", prompt=prompt, n_predict=2, repeat_last_n=window)
+        assert answer["content"] == wanted, window
+
+
+def cache_reuse_by_request(client: httpx.Client) -> None:
+    """Keys are not moved."""
+    refused(client.post("/completion", json={"prompt": HELLO, "n_cache_reuse": 16}), "absolute positions")
+
+
+def frozen_clock(client: httpx.Client) -> None:
+    """A tool prompt's clock stands still while a conversation goes on, and the next one has its own time."""
+    messages = [{"role": "user", "content": f"What is it? {time.time_ns()}"}]
+    body = {"tools": [ADD], "max_tokens": 1, "temperature": 0}
+
+    def prompt(messages: list[dict[str, str]]) -> str:
+        return str(post(client, "/apply-template", messages=messages, **body)["prompt"])
+
+    opening = prompt(messages)
+    other = prompt([{"role": "user", "content": "Another."}])
+    assert clock(opening)
+    first = post(client, "/v1/chat/completions", messages=messages, **body)
+    time.sleep(1.1)  # the template prints seconds
+    messages += [{"role": "assistant", "content": "It is."}, {"role": "user", "content": "And now?"}]
+    assert prompt(messages).startswith(opening)
+    second = post(client, "/v1/chat/completions", messages=messages, **body)
+    assert second["usage"]["prompt_tokens_details"]["cached_tokens"] >= first["usage"]["prompt_tokens"] - 1
+    assert clock(prompt([{"role": "user", "content": f"New. {time.time_ns()}"}])) > clock(other)
+
+
+def clock(prompt: str) -> str:
+    """The time that the vendor's template has printed."""
+    return prompt.split("当前时间：", 1)[1].split("<|", 1)[0]
+
+
+ROWS: Mapping[str, Callable[[httpx.Client], None]] = {
+    check.__name__: check
+    for check in (
+        *(broken_json, values_of_a_wrong_type, ids_out_of_range, unknown_role, empty_messages),
+        *(legacy_logprobs, logprobs_up_to_a_stop_string, echo, token_endpoints, breakers_in_a_string),
+        *(penalty_over_the_whole_context, cache_reuse_by_request, frozen_clock),
+    )
+}
