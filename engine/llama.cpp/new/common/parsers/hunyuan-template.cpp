@@ -130,6 +130,11 @@ common_chat_params common_chat_params_init_hunyuan(const common_chat_template & 
     require_function(inputs);
     // a grammar of the request's own says what the whole output is: no thought can come before it
     inputs.enable_thinking = inputs.enable_thinking && inputs.grammar.empty();
+    // the server has read the template's argument of that name already; it must not outdo what came after
+    if (!inputs.extra_context.is_object()) {
+        inputs.extra_context = json::object();
+    }
+    inputs.extra_context["enable_thinking"] = inputs.enable_thinking;
 
     common_chat_params data;
     data.prompt            = common_chat_template_direct_apply_impl(tmpl, inputs);
