@@ -31,7 +31,7 @@ Messages = list[dict[str, str]]
 NOT_RENDERED: dict[str, tuple[Messages, str]] = {
     "answer begun": (
         [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}],
-        "<|startoftext|>Hello<|extra_0|>Hi",
+        "<|startoftext|>Hello<|extra_0|><think>\n\n</think>\n<answer>\nHi",
     ),
     "two answers": (
         [{"role": "assistant", "content": "Hello"}, {"role": "assistant", "content": "Hi"}],
