@@ -22,18 +22,14 @@ from hymoe.runtime import overrides
 from hymoe.runtime.header import peek, token_ids
 from hymoe.runtime.server import ServerOptions, serve
 
-# The vendor's template without its prose: what is repaired is there, letter for letter.
+# A template of our own with the fault of the vendors': an empty message makes it call dict.update.
 OLD_TEMPLATE = (
-    "{% set context = {'has_head': true} %}{% set loop_messages = messages %}{% for message in loop_messages %}"
-    "{% set content = message['content'] %}{% if loop.index0 == 0 %}{% if content == '' %}"
-    "{% set _ = context.update({'has_head': false}) %}{% elif message['role'] == 'system' %}"
-    "{% set content = '<|startoftext|>' + content + '<|extra_4|>' %}{% endif %}{% endif %}"
-    "{% if message['role'] == 'user' %}{% if loop.index0 == 1 and context.has_head %}"
-    "{% set content = content + '<|extra_0|>' %}{% else %}"
-    "{% set content = '<|startoftext|>' + content + '<|extra_0|>' %}{% endif %}"
-    "{% elif message['role'] == 'assistant' %}{% set content = content + '<|eos|>' %}{% endif %}"
-    "{{ content }}{% endfor %}"
-    "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n' }}{%- endif %}"
+    "{% set context = {'has_head': true} %}{%- for message in messages -%}"
+    "{%- if not message['content'] -%}{% set _ = context.update({'has_head': false}) %}"
+    "{%- elif message['role'] == 'user' -%}{{- '<|startoftext|>' + message['content'] + '<|extra_0|>' -}}"
+    "{%- elif message['role'] == 'assistant' -%}{{- message['content'] + '<|eos|>' -}}"
+    "{%- else -%}{{- message['content'] + '<|extra_4|>' -}}{%- endif -%}{%- endfor -%}"
+    "{%- if enable_thinking is defined and not enable_thinking -%}{{- '<think>\\n\\n</think>\\n' -}}{%- endif -%}"
 )
 N_CTX = 4096
 HIDDEN_STOP = "The first answer ends in the other way."
