@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,9 +15,11 @@ import numpy as np
 import pytest
 import reference
 from engine_eval import EngineRunError, evaluate
+from gguf import GGUFReader
 from large_model import Large, write
 from reference import Array
 
+from hymoe import engine
 from hymoe.convert.convert import ConvertOptions, convert
 from hymoe.runtime.endpoint import Endpoint
 from hymoe.runtime.server import ServerExitError, ServerOptions, serve
@@ -113,7 +117,7 @@ def test_heads_of_80_refuse_other_kv_types(large: Case, kv: str, flash_attn: boo
 # Rows of 384 are blocks of 32, but not of 256: K-quants fall back, as for the published 18304.
 # Every expert answers, so that no close choice turns over and hides what the rounding of weights costs.
 BLOCKS = Large(n_layer=2, n_embd=256, n_head=4, n_head_kv=2, n_ff=384, n_expert=4, n_expert_used=4)
-TYPE_BOUNDS = {"BF16": 1e-2, "Q8_0": 1e-2, "Q4_K_M": 2e-1}
+TYPE_BOUNDS = {"BF16": 1e-3, "Q8_0": 5e-3, "Q4_K_M": 2e-1}  # 7e-5, 8e-4 and 3e-2 here
 
 
 @pytest.mark.parametrize("quant", TYPE_BOUNDS)
@@ -128,6 +132,41 @@ def test_split_files(large: Case, tmp_path: Path) -> None:
     parts = sorted(tmp_path.glob("F32-*.gguf"))
     assert len(parts) > 2
     assert np.array_equal(evaluate(parts[0], [large.ids])[0], evaluate(large.gguf, [large.ids])[0])
+
+
+# -- llama.cpp's own tools -------------------------------------------------------------------------------------------
+
+
+def run(tool: str, *arguments: str | Path) -> str:
+    """Run a tool of the engine; give what it says."""
+    command = [engine.find().tool(tool), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout + done.stderr
+
+
+def test_tools(tmp_path: Path) -> None:
+    """The importance of every matrix is collected, and llama-quantize makes of it what hy-convert makes."""
+    checkpoint, gguf = converted(tmp_path, replace(BLOCKS, n_expert_used=1), "BF16")
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"{i} lamps at the end of pier {i * i}" for i in range(60)), encoding="utf-8")
+    common = ("-m", gguf, "-f", text, "-c", "128", "-t", "1")
+    run("llama-imatrix", *common, "-o", tmp_path / "imatrix.gguf")
+    collected = {tensor.name.rsplit(".", 1)[0] for tensor in GGUFReader(tmp_path / "imatrix.gguf").tensors}
+    owned, shared = ({name for name in collected if name.startswith(f"blk.{il}.attn")} for il in (0, 1))
+    assert owned == {f"blk.0.attn_{part}.weight" for part in ("q", "k", "v", "output")}
+    assert shared == {f"blk.1.attn_{part}.weight" for part in ("q", "output")}
+    assert "Final estimate: PPL = " in run("llama-perplexity", *common)
+    assert "hunyuan-large" in run("llama-bench", "-m", gguf, "-p", "32", "-n", "4", "-r", "1", "-t", "1")
+
+    imatrix = tmp_path / "imatrix.gguf"
+    run("llama-quantize", "--imatrix", imatrix, gguf, tmp_path / "theirs.gguf", "Q4_K_M", "1")
+    convert(ConvertOptions(checkpoint, tmp_path / "ours.gguf", quant="Q4_K_M", imatrix=imatrix))
+    theirs, ours = (
+        {tensor.name: (tensor.tensor_type, tensor.data.tobytes()) for tensor in GGUFReader(file).tensors}
+        for file in (tmp_path / "theirs.gguf", tmp_path / "ours.gguf")
+    )
+    assert theirs == ours
 
 
 # -- bad files -------------------------------------------------------------------------------------------------------
