@@ -21,6 +21,7 @@ from reference import Array
 
 from hymoe import engine
 from hymoe.convert.convert import ConvertOptions, convert
+from hymoe.runtime.chat_cli import main as chat
 from hymoe.runtime.endpoint import Endpoint
 from hymoe.runtime.server import ServerExitError, ServerOptions, serve
 
@@ -140,14 +141,14 @@ def test_split_files(large: Case, tmp_path: Path) -> None:
 def run(tool: str, *arguments: str | Path) -> str:
     """Run a tool of the engine; give what it says."""
     command = [engine.find().tool(tool), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout + done.stderr
 
 
 def test_tools(tmp_path: Path) -> None:
     """The importance of every matrix is collected, and llama-quantize makes of it what hy-convert makes."""
-    checkpoint, gguf = converted(tmp_path, replace(BLOCKS, n_expert_used=1), "BF16")
+    checkpoint, gguf = converted(tmp_path, replace(BLOCKS, n_expert_used=1))
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"{i} lamps at the end of pier {i * i}" for i in range(60)), encoding="utf-8")
     common = ("-m", gguf, "-f", text, "-c", "128", "-t", "1")
@@ -259,3 +260,8 @@ def test_hy_serve_names_the_kv_type(large: Case) -> None:
     options = ServerOptions(large.gguf, port=0, ctx=512, threads=1, extra=("--cache-type-k", "q8_0"))
     with pytest.raises(ServerExitError, match="KV cache type q8_0: heads of 80 values"), serve(options):
         pass
+
+
+def test_hy_chat(large: Case, capfd: pytest.CaptureFixture[str]) -> None:
+    assert chat([str(large.gguf), "-q", "-p", "Say something.", "--max-tokens", "8", "--threads", "1"]) == 0
+    assert capfd.readouterr().out.strip()
