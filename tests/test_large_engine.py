@@ -229,6 +229,8 @@ def test_parallel_sequences_and_saved_slots(flags: tuple[str, ...], large: Case,
         with ThreadPoolExecutor(4) as pool:
             together = list(pool.map(lambda one: complete(endpoint, one[1], id_slot=one[0]), enumerate(PROMPTS)))
         assert [answer["tokens"] for answer in together] == alone
+        # with one cache for all, a slot that is idle when another begins is emptied
+        assert complete(endpoint, PROMPTS[2], id_slot=2)["tokens"] == alone[2]
         post(endpoint, "/slots/2?action=save", {"filename": "two"})
         post(endpoint, "/slots/2?action=erase", {})
         assert post(endpoint, "/slots/0?action=restore", {"filename": "two"})["n_restored"] >= len(PROMPTS[2])
