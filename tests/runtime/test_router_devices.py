@@ -23,7 +23,7 @@ from hymoe.runtime import process
 from hymoe.runtime.router import Router
 from hymoe.runtime.server import ServerOptions, serve
 
-pytestmark = [pytest.mark.engine, pytest.mark.long]
+pytestmark = pytest.mark.engine
 
 TIMEOUT = 300.0
 IDS = [int(token) for token in np.random.default_rng(3).integers(0, N_VOCAB, 512)]
