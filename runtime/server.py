@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # 32,768 tokens of KV are 4 GiB for Hunyuan-A13B in F16; all of its 262,144 would be 32 GiB.
 DEFAULT_CTX = 32768
 TAIL_LINES = 12
+LOADING_ERROR = "error loading model: "
 POLL_SECONDS = 0.05
 STILL_LOADING_SECONDS = 10.0
 PORT_ATTEMPTS = 3
@@ -296,10 +297,13 @@ def _port_taken(port: int) -> ServerError:
 
 
 def _reason(tail: list[str]) -> str | None:
-    """Find the line that says why: the first that the engine logged as an error, else the last that speaks of one.
+    """Find the line that says why: what is wrong with the model, the first that the engine logged as an error, else the last that speaks of one.
 
     What it logs after the first are consequences; that no layers could be fitted to a GPU's memory is never the end.
     """
+    for line in tail:
+        if (at := line.find(LOADING_ERROR)) >= 0:
+            return f"its log says: {line[at:].strip()}"
     for line in tail:
         logged = ERROR_LINE.match(line)
         if logged and "common_fit_params" not in line:

@@ -26,13 +26,25 @@ FLASH_BOUND = 1e-5
 
 Models = dict[Shape, tuple[Path, Path]]
 
+# Seeds: no decision of the reference's router is close, nor any that the F16 rounding of flash attention turns over.
 CASES = [
     *(Case(shape, n, "capacity") for shape in (WIDE, NARROW) for n in (8, 64, 200)),
-    *(Case(shape, n, Adaptive(shape[1] // 2, 0.3)) for shape in (WIDE, NARROW) for n in (8, 200)),
-    *(Case(shape, n, Adaptive(1, 0.5)) for shape in (WIDE, NARROW) for n in (8, 64)),
-    *(Case(shape, n, Adaptive(2, 0.1)) for shape in (WIDE, NARROW) for n in (8, 64)),
+    *(Case(shape, n, Adaptive(4 if shape == WIDE else 2, 0.3)) for shape in (WIDE, NARROW) for n in (8, 64, 200)),
+    *(Case(NARROW, n, Adaptive(1, 0.5)) for n in (8, 64, 200)),
+    *(Case(NARROW, n, Adaptive(2, 0.1)) for n in (8, 64, 200)),
+    *(Case(WIDE, n, Adaptive(1, 0.5), seed) for n, seed in ((8, 0), (64, 0), (200, 5))),
+    *(Case(WIDE, n, Adaptive(2, 0.1), seed) for n, seed in ((8, 0), (64, 0), (200, 2))),
 ]
-LONG_CASES = [Case(NARROW, 1000, "capacity"), Case(WIDE, 1000, Adaptive(4, 0.3)), Case(NARROW, 1000, Adaptive(1, 0.5))]
+LONG_CASES = [
+    Case(WIDE, 1000, "capacity", 10),
+    Case(NARROW, 1000, "capacity"),
+    Case(WIDE, 1000, Adaptive(4, 0.3)),
+    Case(WIDE, 1000, Adaptive(1, 0.5), 5),
+    Case(WIDE, 1000, Adaptive(2, 0.1), 2),
+    Case(NARROW, 1000, Adaptive(2, 0.3)),
+    Case(NARROW, 1000, Adaptive(1, 0.5)),
+    Case(NARROW, 1000, Adaptive(2, 0.1), 1),
+]
 
 
 @pytest.fixture(scope="module")

@@ -34,6 +34,15 @@ inline json server_mean_experts(const server_expert_counts & counts) {
     return sum.n_tokens ? json(double(sum.n_experts) / sum.n_tokens) : json();
 }
 
+inline server_expert_counts server_count_between(const server_expert_counts & from, const server_expert_counts & to) {
+    server_expert_counts counts = to;
+    for (size_t il = 0; il < counts.size(); ++il) {
+        counts[il].n_tokens  -= from[il].n_tokens;
+        counts[il].n_experts -= from[il].n_experts;
+    }
+    return counts;
+}
+
 // How many experts the tokens of one request got.
 class server_expert_usage {
 public:
@@ -58,27 +67,18 @@ public:
         }
         const auto now = server_count_experts(ctx, seq_id);
         json layers = json::array();
-        for (const auto & count : between(at_begin, now)) {
+        for (const auto & count : server_count_between(at_begin, now)) {
             layers.push_back(server_mean_experts({ count }));
         }
         return json {
             {"mode",      hymoe_router_mode_name(llama_get_model(ctx))},
-            {"prompt",    server_mean_experts(between(at_begin, at_prompt))},
-            {"predicted", server_mean_experts(between(at_prompt, now))},
+            {"prompt",    server_mean_experts(server_count_between(at_begin, at_prompt))},
+            {"predicted", server_mean_experts(server_count_between(at_prompt, now))},
             {"layers",    layers},
         };
     }
 
 private:
-    static server_expert_counts between(const server_expert_counts & from, const server_expert_counts & to) {
-        server_expert_counts counts = to;
-        for (size_t il = 0; il < counts.size(); ++il) {
-            counts[il].n_tokens  -= from[il].n_tokens;
-            counts[il].n_experts -= from[il].n_experts;
-        }
-        return counts;
-    }
-
     const llama_context * ctx    = nullptr;
     llama_seq_id          seq_id = -1;
 
@@ -87,7 +87,8 @@ private:
 };
 
 // Since the server began, in the text form of Prometheus; empty where nobody counts.
-inline std::string server_expert_metrics(const server_expert_counts & counts) {
+inline std::string server_expert_metrics(const server_expert_counts & before, const server_expert_counts & now) {
+    const auto counts = server_count_between(before, now);
     if (counts.empty()) {
         return "";
     }

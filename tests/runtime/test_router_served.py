@@ -1,0 +1,198 @@
+"""Router modes through the real server: what others do changes nothing, and what is used shows."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import reference
+from reference import Adaptive
+from router_cases import NARROW, WIDE, Case, Shape, models, wanted
+
+from hymoe.errors import ServerError
+from hymoe.runtime.endpoint import Endpoint
+from hymoe.runtime.router import Router, mean_experts, parse
+from hymoe.runtime.server import ServerExitError, ServerOptions, serve
+
+pytestmark = pytest.mark.engine
+
+TIMEOUT = 300.0
+N_SLOTS = 4
+F32_BOUND = 1e-9
+EXACT = ("--flash-attn", "off", "--cache-type-k", "f32", "--cache-type-v", "f32", "--parallel", str(N_SLOTS))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[Shape, tuple[Path, Path]]:
+    return models(tmp_path_factory.mktemp("router"))
+
+
+def running(gguf: Path, router: Router | None, *extra: str, ctx: int = 8192) -> Any:
+    return serve(ServerOptions(gguf, port=0, ctx=ctx, threads=1, router=router, extra=(*EXACT, *extra)))
+
+
+def complete(endpoint: Endpoint, ids: list[int], **more: Any) -> httpx.Response:
+    body = {"prompt": ids, "n_predict": 1, "temperature": 0.0, "id_slot": -1, **more}
+    return httpx.post(f"{endpoint.url}/completion", json=body, trust_env=False, timeout=TIMEOUT)
+
+
+def next_logits(endpoint: Endpoint, ids: list[int], n_vocab: int) -> reference.Array:
+    """Give the logarithm of every token's probability after a prompt, [n_vocab]."""
+    url = f"{endpoint.url}/tokenize"
+    letter = httpx.post(url, json={"content": "a"}, trust_env=False, timeout=TIMEOUT).json()["tokens"]
+    # The row shows the model's own probabilities, but only beside a token that is whole text: have one chosen.
+    answer = complete(endpoint, ids, n_probs=n_vocab, logit_bias=[[letter[0], 1000.0]])
+    assert answer.status_code == httpx.codes.OK, answer.text
+    tops = answer.json()["completion_probabilities"][0]["top_logprobs"]
+    found = np.full(n_vocab, np.nan)
+    found[[top["id"] for top in tops]] = [top["logprob"] for top in tops]
+    assert np.isfinite(found).all()
+    return found
+
+
+@contextmanager
+def busy(endpoint: Endpoint, n_clients: int = N_SLOTS - 1) -> Iterator[None]:
+    """Keep other slots at work for the length of a block: prompts of many sizes, and answers to them."""
+    stop = threading.Event()
+    begun = threading.Barrier(n_clients + 1)
+
+    def work(number: int) -> None:
+        random = np.random.default_rng(100 + number)
+        first = True
+        while not stop.is_set():
+            ids = [int(token) for token in random.integers(0, 1790, int(random.integers(2, 90)))]
+            if first:
+                begun.wait(TIMEOUT)
+                first = False
+            assert complete(endpoint, ids, n_predict=40, ignore_eos=True).status_code == httpx.codes.OK
+
+    threads = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(n_clients)]
+    for thread in threads:
+        thread.start()
+    try:
+        begun.wait(TIMEOUT)
+        yield
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(TIMEOUT)
+
+
+def check_with_others_busy(
+    made: dict[Shape, tuple[Path, Path]], cases: list[Case], router: Router, *extra: str
+) -> None:
+    checkpoint, gguf = made[cases[0].shape]
+    with running(gguf, router, *extra) as endpoint, busy(endpoint):
+        for case in cases:
+            truth = wanted(checkpoint, case)[-1]
+            for _ in range(3):
+                got = next_logits(endpoint, case.ids, len(truth))
+                assert reference.kl(truth[None], got[None]) <= F32_BOUND, case
+
+
+@pytest.mark.parametrize(("shape", "kv"), [(WIDE, "--kv-unified"), (NARROW, "--no-kv-unified")])
+def test_capacity_while_others_are_busy(made: dict[Shape, tuple[Path, Path]], shape: Shape, kv: str) -> None:
+    check_with_others_busy(made, [Case(shape, n, "capacity") for n in (8, 64, 200)], Router("capacity"), kv)
+
+
+@pytest.mark.long
+def test_capacity_of_a_long_prompt_while_others_are_busy(made: dict[Shape, tuple[Path, Path]]) -> None:
+    check_with_others_busy(made, [Case(NARROW, 1000, "capacity")], Router("capacity"))
+
+
+def test_adaptive_while_others_are_busy(made: dict[Shape, tuple[Path, Path]]) -> None:
+    cases = [Case(WIDE, n, Adaptive(4, 0.3)) for n in (8, 200)]
+    check_with_others_busy(made, cases, Router("adaptive", 4, 0.3))
+
+
+def test_capacity_reuses_no_prefix(made: dict[Shape, tuple[Path, Path]]) -> None:
+    case = Case(WIDE, 200, "capacity")
+    with running(made[WIDE][1], Router("capacity")) as endpoint:
+        for n_tokens in (150, 200, 200):
+            timings = complete(endpoint, case.ids[:n_tokens], id_slot=0, cache_prompt=True).json()["timings"]
+            assert (timings["prompt_n"], timings["cache_n"]) == (n_tokens, 0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_beyond_the_limit_is_refused(made: dict[Shape, tuple[Path, Path]], stream: bool) -> None:
+    ids = Case(WIDE, 200, "capacity").ids
+    with running(made[WIDE][1], Router("capacity"), "--ubatch-size", "199") as endpoint:
+        answer = complete(endpoint, ids, stream=stream)
+        assert answer.status_code == httpx.codes.BAD_REQUEST
+        assert "a prompt of 200 tokens: at most 199 with the router mode capacity" in answer.text
+        assert complete(endpoint, ids[:199]).status_code == httpx.codes.OK
+
+
+def usage(endpoint: Endpoint, ids: list[int]) -> dict[str, Any]:
+    answer = complete(endpoint, ids, n_predict=8, ignore_eos=True, expert_usage=True)
+    found: dict[str, Any] = answer.json()["timings"]["expert_usage"]
+    return found
+
+
+def test_usage_of_topk(made: dict[Shape, tuple[Path, Path]]) -> None:
+    with running(made[WIDE][1], None) as endpoint:
+        assert mean_experts(endpoint) is None
+        told = usage(endpoint, Case(WIDE, 64, "topk").ids)
+        assert told == {"mode": "topk", "prompt": 8, "predicted": 8, "layers": [8, 8]}
+        assert mean_experts(endpoint) == 8
+        assert "expert_usage" not in complete(endpoint, [1, 2, 3]).json()["timings"]
+
+
+def test_usage_is_what_the_reference_keeps(made: dict[Shape, tuple[Path, Path]]) -> None:
+    checkpoint, gguf = made[WIDE]
+    case = Case(WIDE, 64, Adaptive(4, 0.3))
+    probabilities: list[reference.Array] = []
+    reference.logits(checkpoint, case.ids, gating=case.gating, probabilities=probabilities)
+    kept = [(reference.route(p, 8, case.gating) > 0).sum(axis=-1) for p in probabilities]
+    kept[-1] = kept[-1][-1:]  # past the last attention only the token that is asked for goes on
+    with running(gguf, Router("adaptive", 4, 0.3)) as endpoint:
+        told = usage(endpoint, case.ids)
+        assert told["mode"] == "adaptive"
+        assert told["prompt"] == pytest.approx(np.concatenate(kept).mean())
+        assert 4 <= told["predicted"] < 8
+        assert len(told["layers"]) == 2
+        seven = 7 * told["predicted"] * 2
+        n_tokens = sum(map(len, kept)) + 7 * 2
+        assert mean_experts(endpoint) == pytest.approx((np.concatenate(kept).sum() + seven) / n_tokens, rel=1e-4)
+
+
+def test_the_engine_refuses_more_experts_than_there_are(made: dict[Shape, tuple[Path, Path]]) -> None:
+    with (
+        pytest.raises(ServerExitError, match=r"router\.min_experts is 9: expected 1 to 8"),
+        running(made[WIDE][1], Router("adaptive", 9, 0.1)),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("text", "router"),
+    [
+        ("topk", Router("topk")),
+        ("capacity", Router("capacity")),
+        ("adaptive", Router("adaptive")),
+        ("adaptive:4,0.1", Router("adaptive", 4, 0.1)),
+        ("adaptive:1,.5", Router("adaptive", 1, 0.5)),
+        ("adaptive:8,1", Router("adaptive", 8, 1.0)),
+    ],
+)
+def test_what_router_reads(text: str, router: Router) -> None:
+    assert parse(text) == router
+    assert parse(str(router)) == router
+
+
+REFUSED = (
+    *("", "TopK", "topp", "topk:1", "capacity:1,2", "adaptive:", "adaptive:4", "adaptive:0,0.1", "adaptive:4,1.1"),
+    *("adaptive:4,-0.1", "adaptive:4,nan", "adaptive:4,0.1,", "adaptive:4, 0.1"),
+)
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_what_router_refuses(text: str) -> None:
+    with pytest.raises(ServerError, match="--router"):
+        parse(text)
