@@ -297,9 +297,10 @@ def _port_taken(port: int) -> ServerError:
 
 
 def _reason(tail: list[str]) -> str | None:
-    """Find the line that says why: what is wrong with the model, the first that the engine logged as an error, else the last that speaks of one.
+    """Find the line that says why.
 
-    What it logs after the first are consequences; that no layers could be fitted to a GPU's memory is never the end.
+    What is wrong with the model, else the first line logged as an error, else the last that speaks of one. What it logs
+    after the first are consequences; that no layers could be fitted to a GPU's memory is never the end.
     """
     for line in tail:
         if (at := line.find(LOADING_ERROR)) >= 0:
