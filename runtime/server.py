@@ -31,6 +31,7 @@ STILL_LOADING_SECONDS = 10.0
 PORT_ATTEMPTS = 3
 
 # A line of the engine's log: time, level, and what it says.
+LOADING_ERROR = "error loading model: "
 ERROR_LINE = re.compile(r"\s*[\d.]+ E (.*\S)")
 
 # llama-server flag -> what to do instead. These are given by us, or would make wrong answers.
@@ -304,10 +305,14 @@ def _port_taken(port: int) -> ServerError:
 
 
 def _reason(tail: list[str]) -> str | None:
-    """Find the line that says why: the first that the engine logged as an error, else the last that speaks of one.
+    """Find the line that says why.
 
-    What it logs after the first are consequences; that no layers could be fitted to a GPU's memory is never the end.
+    What is wrong with the model, else the first line logged as an error, else the last that speaks of one. What it logs
+    after the first are consequences; that no layers could be fitted to a GPU's memory is never the end.
     """
+    for line in tail:
+        if (at := line.find(LOADING_ERROR)) >= 0:
+            return f"its log says: {line[at:].strip()}"
     for line in tail:
         logged = ERROR_LINE.match(line)
         if logged and "common_fit_params" not in line:

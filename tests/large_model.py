@@ -105,7 +105,8 @@ def tensors(spec: Large) -> dict[str, Array]:
 
 def _random(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
     values = rng.standard_normal(shape, np.float32)
-    return values / np.float32(shape[-1] ** 0.5) if len(shape) > 1 else 1 + values / 3
+    scaled = values / shape[-1] ** 0.5 if len(shape) > 1 else 1 + values / 3
+    return scaled.astype(np.float32)
 
 
 def write(folder: Path, spec: Large, weights: dict[str, Array] | None = None) -> dict[str, Array]:

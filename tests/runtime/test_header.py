@@ -208,7 +208,7 @@ def test_another_architecture(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError) as caught:
         peek(path)
     assert str(caught.value) == (
-        f"{path}: architecture: got llama, expected hunyuan-moe; "
+        f"{path}: architecture: got llama, expected hunyuan-moe or hunyuan-large; "
         "hymoe runs HunYuan mixture-of-experts models; make one with hy-convert"
     )
 

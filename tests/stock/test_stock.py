@@ -109,6 +109,19 @@ def test_same_file_same_bits(stock: Path, mini: Path, tmp_path: Path, name: str,
     assert np.array_equal(one(gguf, engine=stock, **run), one(gguf, **run))
 
 
+@pytest.mark.parametrize("router", ["capacity", "adaptive"])
+def test_stock_runs_a_file_with_router_keys(stock: Path, mini: Path, tmp_path: Path, router: str) -> None:
+    source, gguf = tmp_path / "F32.gguf", tmp_path / "router.gguf"
+    convert(ConvertOptions(mini, source, quant="F32"))
+    keys = {"mode": f"str:{router}", "min_experts": "int:1", "threshold": "float:0.9"}
+    given = [word for key, value in keys.items() for word in ("--override-kv", f"hunyuan-moe.router.{key}={value}")]
+    copy: list[str | Path] = [engine.find().tool("llama-quantize"), *given, source, gguf, "COPY"]
+    subprocess.run(copy, check=True, capture_output=True)
+    theirs = one(gguf, engine=stock)
+    assert np.array_equal(theirs, one(gguf, overrides={"hunyuan-moe.router.mode": "str:topk"}))
+    assert not np.array_equal(theirs, one(gguf))
+
+
 def test_bf16_is_no_worse_than_twice_stock(stock: Path, mini: Path, mini_gguf: Path) -> None:
     wanted = reference.logits(mini, IDS)
     assert reference.kl(wanted, one(mini_gguf)) <= 2 * reference.kl(wanted, one(mini_gguf, engine=stock))
