@@ -17,7 +17,7 @@ Mode = Literal["topk", "capacity", "adaptive"]
 
 HELP: Final = "How many experts a token gets: topk, capacity (the published gating) or adaptive[:MIN,T]."
 SHOWN_DEFAULT: Final = "what the file says, or topk"
-# A prompt of mode "capacity" is computed at once; the buffers for that grow with it, 4 GB for Hunyuan-A13B at this one.
+# Tokens. A prompt of mode "capacity" is computed at once, and the engine's buffers for that grow with it.
 MAX_WHOLE_PROMPT: Final = 8192
 
 _EXPECTED: Final = "topk, capacity, adaptive or adaptive:MIN,T (such as adaptive:4,0.1)"

@@ -41,7 +41,15 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def worker() -> Iterator[str]:
     """An RPC worker that computes with this machine's CPU."""
     port = process.free_port("127.0.0.1")
-    command = [engine.find().tool("ggml-rpc-server"), "--host", "127.0.0.1", "--port", str(port), "--threads", "1"]
+    command: list[str | Path] = [
+        engine.find().tool("ggml-rpc-server"),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--threads",
+        "1",
+    ]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
         try:
             deadline = time.monotonic() + TIMEOUT

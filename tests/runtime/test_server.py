@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -23,6 +24,7 @@ from hymoe.errors import ModelFileError, OutputError, ServerError
 from hymoe.runtime import process
 from hymoe.runtime.endpoint import Endpoint
 from hymoe.runtime.header import peek
+from hymoe.runtime.router import Router, engine_arguments
 from hymoe.runtime.server import (
     DEFAULT_CTX,
     OWNED_FLAGS,
@@ -375,8 +377,27 @@ def test_context_size(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_the_command_line(tiny: Path) -> None:
     options = ServerOptions(tiny, port=81, threads=3, api_key="secret", extra=("--temp", "0"))
     words = command_line(Path("llama-server"), peek(tiny), options, 512)
-    fixed = "--host 127.0.0.1 --port 81 --ctx-size 512 --no-context-shift --jinja --threads 3 --temp 0"
-    assert words == ["llama-server", "--model", str(tiny), *fixed.split()]
+    fixed = "--host 127.0.0.1 --port 81 --ctx-size 512 --no-context-shift --jinja --threads 3 --metrics"
+    assert words == ["llama-server", "--model", str(tiny), *fixed.split(), "--temp", "0"]
+
+
+def test_the_command_line_of_a_router(tiny: Path, tmp_path: Path) -> None:
+    header = peek(tiny)
+
+    def arguments(router: Router | None, n_ctx: int = 512) -> list[str]:
+        return engine_arguments(router, header, n_ctx)
+
+    assert arguments(None) == []
+    assert arguments(Router("topk")) == ["--override-kv", "hunyuan-moe.router.mode=str:topk"]
+    keys = ("mode=str:adaptive", "min_experts=int:4", "threshold=float:0.1")
+    words = [word for key in keys for word in ("--override-kv", f"hunyuan-moe.router.{key}")]
+    assert arguments(Router("adaptive", 4, 0.1)) == words
+    whole = ["--batch-size", "512", "--ubatch-size", "512", "--no-cache-prompt", "--cache-ram", "0"]
+    assert arguments(Router("capacity"))[2:] == whole
+    assert arguments(Router("capacity"), 32768)[2:] == [word.replace("512", "8192") for word in whole]
+    # a file that asks for it gets the same
+    asking = replace(header, scalars={**header.scalars, "hunyuan-moe.router.mode": "capacity"})
+    assert engine_arguments(None, asking, 512) == whole
 
 
 def test_details_show_the_engines_log(llama_server: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -244,13 +244,10 @@ const char * hymoe_router_mode_name(const llama_model * model) {
 
 hymoe_router_input::hymoe_router_input(const llm_graph_context & graph) :
         layers(graph.n_layer), router(graph.hparams.router), counter(graph.cparams.expert_counter) {
-    counting = !graph.cparams.warmup;
 }
 
-bool hymoe_router_input::can_reuse(const llm_graph_params & params) {
-    // whatever shapes the graph is compared by the caller
-    counting = !params.cparams.warmup;
-    return true;
+bool hymoe_router_input::can_reuse(const llm_graph_params & /*params*/) {
+    return true; // what shapes the graph is compared by the caller
 }
 
 void hymoe_router_input::set_input(const llama_ubatch * ubatch) {
@@ -259,7 +256,7 @@ void hymoe_router_input::set_input(const llama_ubatch * ubatch) {
     seq_all.clear();
     seq_out.clear();
     for (uint32_t i = 0; i < ubatch->n_tokens; ++i) {
-        const llama_seq_id seq_id = counting && ubatch->n_seq_id[i] > 0 ? ubatch->seq_id[i][0] : -1;
+        const llama_seq_id seq_id = ubatch->n_seq_id[i] > 0 ? ubatch->seq_id[i][0] : -1;
         seq_all.push_back(seq_id);
         if (!ubatch->output || ubatch->output[i]) {
             seq_out.push_back(seq_id);

@@ -44,9 +44,6 @@ public:
     const hymoe_router router;
 
     const std::shared_ptr<hymoe_expert_counter> counter; // null: nobody counts
-
-private:
-    bool counting = true;
 };
 
 // Makes the graph's one input of this kind; to be called once, before the layers.
