@@ -215,6 +215,7 @@ def test_what_passes_with_the_stock_server_too(client: httpx.Client) -> None:
     tokens = post(client, "/tokenize", content=text)["tokens"]
     assert post(client, "/detokenize", tokens=tokens)["content"] == text
     assert post(client, "/tokenize", content="Z", add_special=True)["tokens"] == [token_of(client, "Z")]
+    assert post(client, "/completion", prompt=text, n_predict=1)["tokens_evaluated"] == len(tokens)  # no token more
     biased = post(client, "/completion", prompt=HELLO, n_predict=1, logit_bias=[[token_of(client, "Z"), 10000]])
     assert biased["content"] == "Z"
 
@@ -239,3 +240,17 @@ def test_the_clock_of_a_retry_and_of_other_tools(vendors: httpx.Client) -> None:
     assert prompt([ADD], user) == first
     assert clock(prompt([other], user)) > clock(first)
     assert clock(prompt([ADD], {"role": "system", "content": "Be brief."}, user)) > clock(first)
+
+
+@pytest.mark.data
+def test_the_clock_remembers_a_bounded_number_of_conversations(vendors: httpx.Client) -> None:
+    def prompt(question: str) -> str:
+        body = {"messages": [{"role": "user", "content": question}], "tools": [ADD]}
+        return str(post(vendors, "/apply-template", **body)["prompt"])
+
+    first = prompt("bounded")
+    begun = time.monotonic()
+    for i in range(1024):
+        prompt(f"other {i}")
+    time.sleep(max(0.0, 1.1 - (time.monotonic() - begun)))
+    assert clock(prompt("bounded")) > clock(first)
