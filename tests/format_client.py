@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from format_reader import Message
 from format_shapes import Call
 from scripted_model import NEWLINE, START, Script, cut, write_scripted
 
+SIZES = (4, 5, 6, 7, 9, 3)  # of pieces, in characters
 TIMEOUT = 120  # seconds; far more than any answer takes
 
 
@@ -27,10 +29,16 @@ class Book:
 
         circle: which piece the script goes on with at its end, for ever.
         """
-        pieces = cut(text, taken=frozenset(self._taken))
+        pieces = self._cut(text)
         after = NEWLINE if closed else START
         self.scripts.append(Script(pieces, when=when, after=after, then=None if circle is None else pieces[circle]))
         self._taken.update(pieces)
+
+    def _cut(self, text: str) -> list[str]:
+        for size in SIZES:
+            with suppress(ValueError):
+                return cut(text, size, frozenset(self._taken))
+        raise ValueError(f"{text!r} shares its pieces")
 
     def write(self, path: Path, template: str) -> Path:
         """Write the model."""

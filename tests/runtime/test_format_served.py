@@ -11,6 +11,7 @@ import httpx
 import pytest
 from format_client import TIMEOUT, Book, ask, function, message_of, stream
 from format_reader import Message
+from format_rows import ROWS, vendor_template, write_model
 from format_shapes import FAST, SHAPES, Call, Shape
 from openai import OpenAI
 from openai.types.chat import ChatCompletionMessageParam
@@ -136,7 +137,7 @@ def test_a_budget_that_suffices_changes_nothing(url: str) -> None:
 
 
 def test_a_budget_ends_characters_and_tags_whole(tmp_path: Path) -> None:
-    halves = [b"\xe5\x8d", b"\x81\xe4", b"\xb8\x80", "</", "thi", "nk> ", "<answ", "er>", "So."]
+    halves: list[str | bytes] = [b"\xe5\x8d", b"\x81\xe4", b"\xb8\x80", "</", "thi", "nk> ", "<answ", "er>", "So."]
     scripts = [Script(["<think", ">", *halves]), Script(["Done."], after=NEWLINE)]
     with serve(
         ServerOptions(write_scripted(tmp_path / "m.gguf", scripts, template=fallback()), port=0, threads=1)
@@ -287,7 +288,7 @@ def test_tools_round_trip_with_the_openai_client(url: str) -> None:
         first = create(model="any", messages=history, max_tokens=200, **PARALLEL).choices[0].message
         calls = first.tool_calls or []
         assert [call.type for call in calls] == ["function", "function"]
-        history.append(first.to_dict())  # type: ignore[arg-type]
+        history.append(first.to_dict())
         history += [{"role": "tool", "tool_call_id": call.id, "content": "sunny;"} for call in calls]
         second = create(model="any", messages=history, max_tokens=200, **PARALLEL).choices[0].message
         assert second.content == "Sun in Beijing."
@@ -298,6 +299,27 @@ def test_tools_round_trip_with_the_openai_client(url: str) -> None:
 
 def test_a_message_is_continued(url: str) -> None:
     history = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Yes, and "}]
-    body = {"messages": history, "continue_final_message": True, "add_generation_prompt": False}
-    prompt = httpx.post(f"{url}/apply-template", json=body, timeout=TIMEOUT).json()["prompt"]
+    more = {"continue_final_message": True, "add_generation_prompt": False}
+    prompt = httpx.post(f"{url}/apply-template", json={"messages": history, **more}, timeout=TIMEOUT).json()["prompt"]
     assert prompt == "<|startoftext|>hi<|extra_0|><think>\n\n</think>\n<answer>\nYes, and "
+    whole, streamed = message_of(ask(url, history, **more)), stream(url, history, **more)[0]
+    # as llama.cpp does it: the whole message at once has the words that were given, the deltas have not
+    assert whole.content == "Yes, and " + streamed.content
+    assert streamed.content
+
+
+@pytest.fixture(scope="module", params=["fallback", pytest.param("vendor", marks=pytest.mark.data)])
+def rows_url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server whose model answers the words of the rows, with our template and with the vendor's."""
+    template = fallback() if request.param == "fallback" else vendor_template(request.getfixturevalue("data"))
+    model = write_model(tmp_path_factory.mktemp("rows") / "m.gguf", template)
+    with serve(ServerOptions(model, port=0, threads=1)) as endpoint:
+        yield endpoint.url
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_row_of_clients(rows_url: str, row: str) -> None:
+    words, more, right = ROWS[row]
+    message = message_of(ask(rows_url, words, **more))
+    assert message in right
+    assert stream(rows_url, words, **more)[0] == message

@@ -65,6 +65,12 @@ void hunyuan_reader::append(const std::string & piece) {
     }
 }
 
+void hunyuan_reader::keep_space() {
+    if (at < limit && skip_space(at) == limit && has_text[state == hunyuan_kind::answer]) {
+        take_text(limit);
+    }
+}
+
 void hunyuan_reader::finish() {
     final = true;
     limit = bytes.size();
@@ -316,7 +322,11 @@ void append_run(std::string & out, const std::string & run) {
 
 common_chat_msg hunyuan_parse(const std::string & text, bool is_partial, const common_chat_parser_params & params) {
     hunyuan_reader reader(hunyuan_mode_of(params));
-    reader.append(params.generation_prompt + text);
+    reader.append(params.generation_prompt);
+    if (params.is_continuation) {
+        reader.keep_space();
+    }
+    reader.append(text);
     if (!is_partial) {
         reader.finish();
     }

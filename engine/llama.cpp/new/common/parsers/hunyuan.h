@@ -73,7 +73,8 @@ class hunyuan_reader {
     explicit hunyuan_reader(hunyuan_mode mode) : mode(mode) {}
 
     void append(const std::string & piece);
-    void finish();  // the output is complete: nothing is held any more
+    void keep_space();  // whitespace at the end so far is text: the client gave it, in a message to be continued
+    void finish();      // the output is complete: nothing is held any more
 
     bool                              in_thought() const { return state == hunyuan_kind::thought; }
     bool                              in_tag() const;  // the text ends in what may become a tag
