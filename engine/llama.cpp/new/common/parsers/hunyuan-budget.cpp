@@ -13,7 +13,7 @@ struct hunyuan_budget {
     const llama_vocab * vocab;
     llama_tokens        forced;
     int32_t             budget;
-    hunyuan_reader      reader = hunyuan_reader(hunyuan_mode::plain);
+    hunyuan_reader      reader = hunyuan_reader(hunyuan_mode::tools);
 
     int32_t remaining = budget;
     size_t  n_forced  = 0;  // tokens of `forced` that have come
