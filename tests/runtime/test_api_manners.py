@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import subprocess
 import time
@@ -254,3 +255,16 @@ def test_the_clock_remembers_a_bounded_number_of_conversations(vendors: httpx.Cl
         prompt(f"other {i}")
     time.sleep(max(0.0, 1.1 - (time.monotonic() - begun)))
     assert clock(prompt("bounded")) > clock(first)
+
+
+def test_a_stream_leaves_its_connection_open(client: httpx.Client) -> None:
+    """It was closed, in a race with the next request of a client that keeps connections."""
+    url = httpx.URL(client.base_url)
+    connection = http.client.HTTPConnection(url.host, url.port, timeout=TIMEOUT)
+    connection.connect()
+    connection.auto_open = 0  # type: ignore[misc]  # a closed connection is an error, not a new one
+    for _ in range(3):
+        connection.request("POST", "/completion", json.dumps({"prompt": HELLO, "stream": True}))
+        assert b'"stop":true' in connection.getresponse().read()
+        time.sleep(0.05)
+    connection.close()
