@@ -262,7 +262,7 @@ def test_a_stream_leaves_its_connection_open(client: httpx.Client) -> None:
     url = httpx.URL(client.base_url)
     connection = http.client.HTTPConnection(url.host, url.port, timeout=TIMEOUT)
     connection.connect()
-    connection.auto_open = 0  # type: ignore[misc]  # a closed connection is an error, not a new one
+    connection.auto_open = 0  # a closed connection is an error, not a new one
     for _ in range(3):
         connection.request("POST", "/completion", json.dumps({"prompt": HELLO, "stream": True}))
         assert b'"stop":true' in connection.getresponse().read()
