@@ -250,8 +250,7 @@ def command_line(tool: Path, header: Header, options: ServerOptions, n_ctx: int)
     """Give the llama-server command; the API key is not in it, it travels in the environment."""
     command = [str(tool), "--model", str(options.model.absolute())]
     command += ["--host", options.host, "--port", str(options.port), "--ctx-size", str(n_ctx)]
-    # The vendor's default is to think first; the engine, which sees no thinking in the template, would forbid it.
-    command += ["--no-context-shift", "--jinja", "--reasoning", "on"]
+    command += ["--no-context-shift", "--jinja"]
     # No --cors-origins: a page opened as a file, as mikupad is, sends `Origin: null`, and "localhost" shuts it out.
     # Any UI can talk to us without flags, so any page can; a key is what keeps strangers out, and hy-serve says so.
     if options.threads is not None:

@@ -83,6 +83,8 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     book.add("weather;", f"<think>\nLook.\n</think>\n<answer>\n<tool_calls>[{calls}]</tool_calls>\n</answer>")
     book.add("sunny;", "<think>\nIt says sun.\n</think>\n<answer>\n助手：Sun in Beijing.\n</answer>")
     book.add("chatter;", "<think>\nI would rather talk.\n</think>\n<answer>\nLet us talk.\n</answer>")
+    nowhere = '<tool_calls>[{"name": "turn", "arguments": {"side": "nowhere"}}]'
+    book.add("lost;", f"<think>\nWhere {nowhere}?\n</think>\n<answer>\n{nowhere}</tool_calls>\n</answer>")
     book.add("fields;", '<think>\nFields.\n</think>\n<answer>\n{"side": "left"}\n</answer>')
     model = book.write(tmp_path_factory.mktemp("format") / "m.gguf", fallback())
     with serve(ServerOptions(model, port=0, threads=1)) as endpoint:
@@ -91,12 +93,18 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def test_thinking_is_on_unless_a_request_turns_it_off(url: str) -> None:
     on: list[dict[str, Any]] = [{}, {"chat_template_kwargs": {"enable_thinking": True}}]
-    off: list[dict[str, Any]] = [{"chat_template_kwargs": {"enable_thinking": False}}, {"reasoning_effort": "none"}]
-    for more in on:
-        assert message_of(ask(url, "hi", **more)) == Message("Hm.", "Yes.", ())
-    for more in off:
-        assert message_of(ask(url, "fast;", **more)) == Message("", "At once.", ())
-        assert stream(url, "fast;", **more)[0] == Message("", "At once.", ())
+    off: list[dict[str, Any]] = [
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        {"reasoning_effort": "none"},
+        {"reasoning_effort": "none", "chat_template_kwargs": {"enable_thinking": True}},
+    ]
+    for more in on + off:
+        body = {"messages": QUESTION, **more}
+        prompt = httpx.post(f"{url}/apply-template", json=body, timeout=TIMEOUT).json()["prompt"]
+        assert prompt == "<|startoftext|>hi<|extra_0|>" + FAST * (more in off)
+        words, expected = ("fast;", Message("", "At once.", ())) if more in off else ("hi", Message("Hm.", "Yes.", ()))
+        assert message_of(ask(url, words, **more)) == expected
+        assert stream(url, words, **more)[0] == expected
 
 
 @pytest.mark.parametrize("words", ["/no_think hi", "/think hi"])
@@ -206,6 +214,13 @@ def test_calls_whole_and_streamed(url: str) -> None:
     assert len(arguments) > 4, "arguments grow"
 
 
+def test_arguments_of_a_call_that_the_model_begins_itself_fit_the_schema(url: str) -> None:
+    message = message_of(ask(url, "lost;", tools=[SHORT], parallel_tool_calls=False))
+    assert message.reasoning == 'Where[{"name": "turn", "arguments": {"side": "nowhere"}}]?'
+    (call,) = message.calls
+    assert json.loads(call.arguments)["side"] in ("left", "right")
+
+
 def test_no_calls_where_none_are_wanted(url: str) -> None:
     message = message_of(ask(url, "weather;", **PARALLEL, tool_choice="none"))
     assert not message.calls
@@ -276,9 +291,13 @@ def test_json_comes_bare_and_the_thought_stays_free(url: str, wanted: dict[str, 
 
 
 def test_a_grammar_of_the_request_s_own_is_the_whole_content(url: str) -> None:
-    message = message_of(ask(url, "chatter;", grammar='root ::= "left" | "right"'))
+    grammar = 'root ::= "left" | "right"'
+    message = message_of(ask(url, "chatter;", grammar=grammar))
     assert message.reasoning == ""
     assert message.content in ("left", "right")
+    body = {"messages": QUESTION, "grammar": grammar}
+    prompt = httpx.post(f"{url}/apply-template", json=body, timeout=TIMEOUT).json()["prompt"]
+    assert prompt == f"<|startoftext|>hi<|extra_0|>{FAST}<answer>\n"
 
 
 def test_tools_round_trip_with_the_openai_client(url: str) -> None:

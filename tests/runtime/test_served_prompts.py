@@ -37,7 +37,7 @@ NOT_RENDERED: dict[str, tuple[Messages, str]] = {
     "empty first question": ([{"role": "user", "content": ""}], "Unable to generate parser for this template."),
     "answer begun": (
         [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}],
-        "<|startoftext|>Hello<|extra_0|>Hi",
+        "<|startoftext|>Hello<|extra_0|><think>\n\n</think>\n<answer>\nHi",
     ),
     "two answers": (
         [{"role": "assistant", "content": "Hello"}, {"role": "assistant", "content": "Hi"}],

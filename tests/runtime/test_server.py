@@ -375,7 +375,7 @@ def test_context_size(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_the_command_line(tiny: Path) -> None:
     options = ServerOptions(tiny, port=81, threads=3, api_key="secret", extra=("--temp", "0"))
     words = command_line(Path("llama-server"), peek(tiny), options, 512)
-    fixed = "--host 127.0.0.1 --port 81 --ctx-size 512 --no-context-shift --jinja --reasoning on --threads 3 --temp 0"
+    fixed = "--host 127.0.0.1 --port 81 --ctx-size 512 --no-context-shift --jinja --threads 3 --temp 0"
     assert words == ["llama-server", "--model", str(tiny), *fixed.split()]
 
 

@@ -30,6 +30,15 @@ std::string begun_answer(const std::string & prompt) {
     return string_starts_with(tail, THINK) ? tail : std::string();
 }
 
+// What a template cannot render is the request's affair (400), in the words that other formats have for it.
+std::string rendered(const common_chat_template & tmpl, const params_in & inputs) {
+    try {
+        return common_chat_template_direct_apply_impl(tmpl, inputs);
+    } catch (const std::exception & e) {
+        throw std::invalid_argument(std::string("Unable to generate parser for this template. It does not render: ") + e.what());
+    }
+}
+
 // The message that the request wants continued, as the model would have written it.
 std::string continued(const params_in & inputs, const std::string & begun) {
     const auto & msg = inputs.continue_msg;
@@ -130,9 +139,14 @@ common_chat_params common_chat_params_init_hunyuan(const common_chat_template & 
     require_function(inputs);
     // a grammar of the request's own says what the whole output is: no thought can come before it
     inputs.enable_thinking = inputs.enable_thinking && inputs.grammar.empty();
+    // the server has read the template's argument of that name already; it must not outdo what came after
+    if (!inputs.extra_context.is_object()) {
+        inputs.extra_context = json::object();
+    }
+    inputs.extra_context["enable_thinking"] = inputs.enable_thinking;
 
     common_chat_params data;
-    data.prompt            = common_chat_template_direct_apply_impl(tmpl, inputs);
+    data.prompt            = rendered(tmpl, inputs);
     data.generation_prompt = begun_answer(data.prompt);
     data.format            = !has_tools ? COMMON_CHAT_FORMAT_HUNYUAN :
                              has_calls  ? COMMON_CHAT_FORMAT_HUNYUAN_TOOLS : COMMON_CHAT_FORMAT_HUNYUAN_NO_CALLS;

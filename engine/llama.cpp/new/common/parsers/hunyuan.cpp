@@ -35,27 +35,32 @@ size_t utf8_whole(const std::string & text) {
 }  // namespace
 
 void hunyuan_reader::code_state::feed(char c) {
+    if (c == '`') {
+        run++;
+        lead += !other;
+        return;
+    }
+    open = settled();
+    run  = 0;
     if (c == '\n') {
-        if (fence == 0 && lead >= 3) {
+        if (fence == 0 && lead >= 3 && open == lead) {
             fence = lead;
         } else if (fence != 0 && lead >= fence && !other) {
             fence = 0;
         }
-        lead = ticks = 0;
+        lead = open = 0;
         other = false;
-    } else if (c == '`') {
-        ticks++;
-        lead += !other;
     } else if (!is_space(c)) {
         other = true;
     }
 }
 
+size_t hunyuan_reader::code_state::settled() const {
+    return run == 0 ? open : open == 0 ? run : run == open ? 0 : open;
+}
+
 bool hunyuan_reader::code_state::inside() const {
-    if (fence != 0) {
-        return lead < fence || other;
-    }
-    return lead >= 3 || ticks % 2 == 1;
+    return fence != 0 ? lead < fence || other : settled() != 0;
 }
 
 void hunyuan_reader::append(const std::string & piece) {

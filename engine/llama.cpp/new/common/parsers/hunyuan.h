@@ -5,7 +5,7 @@
 // So the state is kept by text. The reader never fails: whatever a model writes comes out as something.
 //
 // What is a tag. The six strings above, outside a call's JSON, anywhere. None of them reaches thought or answer,
-// save in code of the answer (a fenced block, or after an odd number of backticks in its line) and directly between two
+// save in code of the answer (a fenced block, or code in a line that the line has not closed) and directly between two
 // backticks in a thought: there they are text. A </answer> after which only whitespace comes is a tag even in code.
 //
 // What a tag does. In a thought </think> and </answer> end it; <answer> and <tool_calls> do so where they stand at the
@@ -89,11 +89,13 @@ class hunyuan_reader {
     struct code_state {
         size_t fence = 0;      // backticks that opened the block, 0 outside
         size_t lead  = 0;      // backticks at the start of this line
-        size_t ticks = 0;      // backticks in this line
+        size_t open  = 0;      // backticks that opened code in this line, 0 outside
+        size_t run   = 0;      // backticks that this text ends in
         bool   other = false;  // something else in this line
 
-        void feed(char c);
-        bool inside() const;
+        void   feed(char c);
+        size_t settled() const;  // `open` once the run has ended
+        bool   inside() const;
     };
 
     struct match {
