@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import httpx
+from talker import REPLY, THOUGHT
 
 HELLO = "hi<|extra_0|>"
 ADD = {
@@ -94,6 +95,15 @@ def legacy_logprobs(client: httpx.Client) -> None:
         assert max(top, key=lambda word: float(top[word])) == token or not token
 
 
+def chat_logprobs(client: httpx.Client) -> None:
+    """A chat's probabilities are those of its content, and stream with it."""
+    body = {"messages": [{"role": "user", "content": "hi"}], "logprobs": True, "top_logprobs": 2}
+    (choice,) = post(client, "/v1/chat/completions", **body)["choices"]
+    content, thought = choice["logprobs"]["content"], choice["logprobs"]["reasoning_content"]
+    assert "".join(entry["token"] for entry in content) == choice["message"]["content"] == REPLY
+    assert "".join(entry["token"] for entry in thought) == choice["message"]["reasoning_content"] == THOUGHT
+
+
 def logprobs_up_to_a_stop_string(client: httpx.Client) -> None:
     """The tokens of an answer that a stop string ended in the middle of a token."""
     answer = post(client, "/completion", prompt="alphabet<|extra_0|>", n_probs=2, stop=["bcd"], temperature=0)
@@ -127,6 +137,7 @@ def breakers_in_a_string(client: httpx.Client) -> None:
             client, "/completion", prompt=HELLO, n_predict=1, dry_multiplier=0.5, dry_sequence_breakers=breakers
         )
         assert answer["generation_settings"]["dry_sequence_breakers"] == ["\n", ":", '"', "*"]
+    wrong: Any
     for wrong in ("", "[1]", '"a', 5, []):
         refused(client.post("/completion", json={"prompt": HELLO, "dry_sequence_breakers": wrong}), "breakers")
 
@@ -177,7 +188,7 @@ ROWS: Mapping[str, Callable[[httpx.Client], None]] = {
     check.__name__: check
     for check in (
         *(broken_json, values_of_a_wrong_type, ids_out_of_range, unknown_role, empty_messages),
-        *(legacy_logprobs, logprobs_up_to_a_stop_string, echo, token_endpoints, breakers_in_a_string),
+        *(legacy_logprobs, chat_logprobs, logprobs_up_to_a_stop_string, echo, token_endpoints, breakers_in_a_string),
         *(penalty_over_the_whole_context, cache_reuse_by_request, frozen_clock),
     )
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import subprocess
 import time
@@ -215,6 +216,7 @@ def test_what_passes_with_the_stock_server_too(client: httpx.Client) -> None:
     tokens = post(client, "/tokenize", content=text)["tokens"]
     assert post(client, "/detokenize", tokens=tokens)["content"] == text
     assert post(client, "/tokenize", content="Z", add_special=True)["tokens"] == [token_of(client, "Z")]
+    assert post(client, "/completion", prompt=text, n_predict=1)["tokens_evaluated"] == len(tokens)  # no token more
     biased = post(client, "/completion", prompt=HELLO, n_predict=1, logit_bias=[[token_of(client, "Z"), 10000]])
     assert biased["content"] == "Z"
 
@@ -239,3 +241,30 @@ def test_the_clock_of_a_retry_and_of_other_tools(vendors: httpx.Client) -> None:
     assert prompt([ADD], user) == first
     assert clock(prompt([other], user)) > clock(first)
     assert clock(prompt([ADD], {"role": "system", "content": "Be brief."}, user)) > clock(first)
+
+
+@pytest.mark.data
+def test_the_clock_remembers_a_bounded_number_of_conversations(vendors: httpx.Client) -> None:
+    def prompt(question: str) -> str:
+        body = {"messages": [{"role": "user", "content": question}], "tools": [ADD]}
+        return str(post(vendors, "/apply-template", **body)["prompt"])
+
+    first = prompt("bounded")
+    begun = time.monotonic()
+    for i in range(1024):
+        prompt(f"other {i}")
+    time.sleep(max(0.0, 1.1 - (time.monotonic() - begun)))
+    assert clock(prompt("bounded")) > clock(first)
+
+
+def test_a_stream_leaves_its_connection_open(client: httpx.Client) -> None:
+    """It was closed, in a race with the next request of a client that keeps connections."""
+    url = httpx.URL(client.base_url)
+    connection = http.client.HTTPConnection(url.host, url.port, timeout=TIMEOUT)
+    connection.connect()
+    connection.auto_open = 0  # a closed connection is an error, not a new one
+    for _ in range(3):
+        connection.request("POST", "/completion", json.dumps({"prompt": HELLO, "stream": True}))
+        assert b'"stop":true' in connection.getresponse().read()
+        time.sleep(0.05)
+    connection.close()

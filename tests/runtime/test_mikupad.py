@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
-from talker import ENDLESS, HELLO, write_talker
+from talker import ENDLESS, HELLO, REPLY, THOUGHT, write_talker
 from terminal import TIMEOUT
 
 from hymoe.runtime.endpoint import Endpoint
@@ -75,8 +75,8 @@ class Page:
 
     def events(self, path: str, body: Mapping[str, Any]) -> Iterator[Any]:
         """Each event's JSON; comments are skipped, every other line of data must be JSON or [DONE]."""
-        sent = {"content": self.stringify(body), "headers": {"Content-Type": "application/json"}}
-        with self.client.stream("POST", path, **sent) as answer:
+        headers = {"Content-Type": "application/json"}
+        with self.client.stream("POST", path, content=self.stringify(body), headers=headers) as answer:
             assert answer.status_code == 200, answer.read()
             for line in answer.iter_lines():
                 if line.startswith("data: ") and line != "data: [DONE]":
@@ -220,13 +220,7 @@ def test_chat_mode(endpoint: Endpoint, stream: bool) -> None:
             choices = [event["choices"][0] for event in page.events("/v1/chat/completions", body)]
         else:
             entries = page.post("/v1/chat/completions", body)["choices"][0]["logprobs"]["content"]
-            choices = [
-                {
-                    "delta": {"content": entry["token"]},
-                    "logprobs": {"content": [{"top_logprobs": entry["top_logprobs"]}]},
-                }
-                for entry in entries
-            ]
+            choices = [{"delta": {"content": entry["token"]}, "logprobs": {"content": [entry]}} for entry in entries]
     tokens = [token for choice in choices if (token := read_choice(choice))]
     assert text_of(tokens) == REPLY
     assert sum(len(token.alternatives) > 5 for token in tokens) >= len(tokens) - 1
@@ -238,7 +232,7 @@ def test_chat_mode_with_thoughts(llama_server: Path, tmp_path: Path, format_flag
     extra = ("--reasoning-format", format_flag)
     with (
         serve(ServerOptions(write_talker(tmp_path / "m.gguf"), port=0, threads=1, extra=extra)) as endpoint,
-        Page(endpoint, "") as page,
+        Page(endpoint, None) as page,
     ):
         events = page.events("/v1/chat/completions", openai_body(CHAT, stream=True))
         tokens = [token for event in events if (token := read_choice(event["choices"][0]))]

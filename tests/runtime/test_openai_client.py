@@ -156,7 +156,7 @@ def test_thoughts_in_the_content_have_their_logprobs_there(client: openai.OpenAI
     assert choice.message.content is not None
     assert THOUGHT in choice.message.content
     assert text_of(entries(choice, "content")) == THOUGHT + REPLY
-    assert [entry["kind"] for entry in entries(choice, "content")][0] == "thought"
+    assert entries(choice, "content")[0]["kind"] == "thought"
 
 
 def test_stop_strings(client: openai.OpenAI) -> None:
@@ -194,6 +194,14 @@ def test_a_tool_call_streams(client: openai.OpenAI) -> None:
     assert json.loads("".join(function.arguments or "" for function in functions)) == {"a": 17, "b": 25}
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
     assert not any(chunk.choices[0].delta.content for chunk in chunks)
+
+
+def test_a_tool_call_streams_with_the_thoughts_probabilities(client: openai.OpenAI) -> None:
+    chunks = stream(client, "addition", tools=[ADD], logprobs=True, top_logprobs=1)
+    choices = [chunk.choices[0] for chunk in chunks]
+    thought = [entry for choice in choices for entry in entries(choice, "reasoning_content")]
+    assert text_of(thought) == "I add."
+    assert not any(entries(choice, "content") for choice in choices)
 
 
 def test_thinking_on_off_and_with_a_budget(client: openai.OpenAI) -> None:
