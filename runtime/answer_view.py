@@ -1,4 +1,4 @@
-"""An answer as a terminal shows it, as a pure function of what came and when: finished text, and the live rows below it.
+"""An answer as a terminal shows it, a pure function of what came and when: finished text, and live rows below it.
 
 A thought is live only: its last rows show while it lasts, and one line stays of it.
 """
@@ -41,6 +41,11 @@ class AnswerView:
         text = piece.text if self._answering else piece.text.lstrip("\n")
         self._answering = self._answering or bool(text)
         return done + self._body.feed(text)
+
+    def resize(self, width: int) -> None:
+        """The terminal has another width now."""
+        self._width = width
+        self._body.resize(width)
 
     def finish(self, now: float, n_tokens: int) -> str:
         """Give what is left when the answer has ended."""

@@ -106,8 +106,8 @@ class Chat:
     async def ask(self, question: str) -> None:
         """Ask and show the answer; the files that the question mentions go with it.
 
-        Both join the conversation when the answer is complete, or stopped (asyncio.CancelledError passes through). After an
-        error neither does, and the question is offered again. Raises HyError.
+        Both join the conversation when the answer is complete, or stopped (asyncio.CancelledError passes through).
+        After an error neither does, and the question is offered again. Raises HyError.
         """
         mentioned, missing = attachments.mentioned(question)
         for name in missing:
@@ -122,6 +122,13 @@ class Chat:
             files = files or taken[0].files
         await self._ask_and_keep(Exchange(question, files), taken)
         self.files = []
+
+    async def ask_once(self, prompt: str) -> Answer:
+        """Ask as a script wants it: an @ is an @, and what goes wrong is raised and not mended. Raises HyError."""
+        exchange = Exchange(prompt, tuple(self.files))
+        await self._stream(exchange)
+        self._say_how_it_ended(exchange.answer)
+        return exchange.answer
 
     async def ask_again(self) -> None:
         """Ask the last question once more, in place of its answer. Raises HyError."""
@@ -198,7 +205,7 @@ class Chat:
         self._say_how_it_ended(exchange.answer)
 
     async def _ask(self, exchange: Exchange) -> None:
-        """Ask until an answer is complete: with less before it where the context is full, again where the server was lost."""
+        """Ask until an answer is complete: after less where the context is full, again where the server was lost."""
         self._make_room(exchange)
         lost = False
         while True:

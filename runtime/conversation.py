@@ -89,7 +89,7 @@ class Conversation:
         return taken
 
     def leave_out(self, question: str, files: tuple[Attachment, ...], n_tokens: int, room: int) -> int:
-        """Leave out the oldest exchanges, at least one, so that a request of `n_tokens` has about `room`; give how many.
+        """Leave out the oldest exchanges, at least one, so that a request of `n_tokens` has about `room`; count them.
 
         The share of a text in the tokens is taken for its share in the bytes. Where nothing is left to leave out, 0.
         """

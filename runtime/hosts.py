@@ -120,7 +120,7 @@ class PrivateHost(AttachedHost):
 
 
 class Keeper:
-    """Starts servers on a thread that lives as long as they: the kernel ends a child with the thread that started it."""
+    """Starts servers on a thread that lives as long as they do: the kernel ends a child with the thread it is from."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "server")

@@ -1,7 +1,7 @@
 """Markdown inside one line: code, bold, italic, struck out, links.
 
-Stricter parsers follow CommonMark, where `**中文。**后` stays as it is because of the full stop; a model that writes Chinese
-means bold. They also cannot say how a line looks whose end is still to come.
+By CommonMark `**中文。**后` stays as it is because of the full stop; a model that writes Chinese means bold. Its
+parsers also cannot say how a line looks whose end is still to come.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def inline(source: str, *, open_ended: bool, keep_code_marks: bool = False) -> T
     """Give a line as styled text.
 
     open_ended: a mark without its other half styles the rest of the line instead of standing there as it is: it is how
-    an unfinished line looks best, and when the other half comes nothing moves. keep_code_marks: where colour cannot tell
-    code, its marks stay.
+    an unfinished line looks best, and when the other half comes nothing moves. keep_code_marks: where colour cannot
+    tell code, its marks stay.
     """
     text = Text()
     at = 0

@@ -45,7 +45,7 @@ class MarkdownStream:
     """Feed text, get finished rows (each ends with a newline); `live` gives the unfinished ones."""
 
     def __init__(self, ink: Ink, width: int) -> None:
-        self.width = width
+        self.width = self._wanted = width
         self._ink = ink
         self._line = ""  # without its newline as yet
         self._n_done = 0  # rows of it that are finished
@@ -54,6 +54,12 @@ class MarkdownStream:
         self._blank = False  # a blank line is owed before the next text
         self._begun = False
 
+    def resize(self, width: int) -> None:
+        """Lay out for another width from the next line on, or at once where none of this line is finished."""
+        self._wanted = width
+        if not self._n_done:
+            self.width = width
+
     def feed(self, text: str) -> str:
         """Take more text; give the rows that it finishes."""
         *lines, rest = (self._line + harmless(text)).split("\n")
@@ -61,6 +67,7 @@ class MarkdownStream:
         for line in lines:
             out.append(self._finish_line(line))
             self._n_done = 0
+            self.width = self._wanted
         self._line = rest
         return "".join(out)
 
@@ -171,7 +178,9 @@ class MarkdownStream:
         before = [*code.lines[-_LEXED_LINES:], line]
         text = Text(line)
         if code.language and not self._ink.no_colour and self._ink.colours is not None:
-            lexed = Syntax("", code.language, theme="ansi_dark", background_color="default").highlight("\n".join(before))
+            lexed = Syntax("", code.language, theme="ansi_dark", background_color="default").highlight(
+                "\n".join(before)
+            )
             lines = lexed.split("\n", allow_blank=True)
             # A lexer may add or take blank lines; then the colour is not worth a wrong line.
             text = next((one for one in reversed(lines) if one.plain == line), text)

@@ -46,8 +46,7 @@ class ContextFullError(ServerError):
 
 # Where a delta carries text -> what that text is. `reasoning_content` is what servers that split thoughts send.
 _DELTA_KINDS: dict[str, Literal["thought", "text"]] = {"reasoning_content": "thought", "content": "text"}
-# Where our server marks a token's probabilities, since text that it held back comes with a later delta.
-PART, THOUGHT_PART = "part", "reasoning"
+THOUGHT_LOGPROBS = "reasoning_content"
 
 
 class EventDecoder:
@@ -124,12 +123,17 @@ class ChatStream:
         return pieces
 
     def _take_tokens(self, choice: object, *, is_thought: bool) -> None:
-        """Keep the probabilities of a chunk; a server that does not mark a token is taken to mean its delta's kind."""
-        for entry in _field(_field(choice, "logprobs", dict), "content", list):
-            part = _field(entry, PART, str)
-            others = tuple(_token(other) for other in _field(entry, "top_logprobs", list))
-            thought = part == THOUGHT_PART if part else is_thought
-            self.tokens.append(Token(*_token(entry), alternatives=others, is_thought=thought))
+        """Keep the probabilities of a chunk.
+
+        Our server lists those of thought and answer apart, since text that it held back comes with a later delta; of
+        another they are taken to be what the chunk's text is.
+        """
+        logprobs = _field(choice, "logprobs", dict)
+        is_thought = is_thought and THOUGHT_LOGPROBS not in logprobs
+        for key, thought in ((THOUGHT_LOGPROBS, True), ("content", is_thought)):
+            for entry in _field(logprobs, key, list):
+                others = tuple(_token(other) for other in _field(entry, "top_logprobs", list))
+                self.tokens.append(Token(*_token(entry), alternatives=others, is_thought=thought))
 
 
 def _token(entry: object) -> tuple[str, float]:

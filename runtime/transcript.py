@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from hymoe.errors import HyError, OutputError
-from hymoe.runtime.conversation import Answer, Attachment, Conversation, Exchange
+from hymoe.runtime.conversation import Attachment, Conversation, Exchange
 
 VERSION = 1
 _HEAD = re.compile(r"<!-- hy-chat conversation, version (\d+) -->")
@@ -118,7 +118,7 @@ def _add(result: Transcript, kind: str, extra: str, content: str) -> None:
         answer.thought = content
         answer.thought_seconds, answer.thought_tokens = float(cost.get("seconds", 0)), int(cost.get("tokens", 0))
     else:
-        answer: Answer = talk.exchanges[-1].answer
+        answer = talk.exchanges[-1].answer
         answer.text, answer.reason = content, str(json.loads(extra or "{}").get("reason", ""))
 
 

@@ -1,4 +1,4 @@
-"""Styled text in a terminal's cells: lines broken as both English and Chinese want it, and escape sequences out of it."""
+"""Styled text in a terminal's cells: lines broken as English and Chinese want it, and what is unsafe taken away."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def wrap(text: Text, width: int, *, indent: str = "", hanging: str = "") -> list
     """
     text = text.copy()
     text.expand_tabs(_TAB)
-    room = max(width - max(cell_len(indent), cell_len(hanging)), 2)
-    parts = text.divide(_breaks(text.plain, room))
+    rooms = [max(width - cell_len(before), 2) for before in (indent, hanging)]
+    parts = text.divide(_breaks(text.plain, *rooms))
     rows = []
     for i, part in enumerate(parts):
         part.rstrip()
@@ -39,8 +39,8 @@ def wrap(text: Text, width: int, *, indent: str = "", hanging: str = "") -> list
     return rows
 
 
-def _breaks(plain: str, room: int) -> list[int]:
-    """Give the positions where rows begin, but for the first."""
+def _breaks(plain: str, room: int, further_room: int) -> list[int]:
+    """Give the positions where rows begin, but for the first, which has `room` cells and the others `further_room`."""
     breaks, begin, used, allowed = [], 0, 0, 0
     for at, character in enumerate(plain):
         if at > begin and _may_break(plain[at - 1], character):
@@ -50,6 +50,7 @@ def _breaks(plain: str, room: int) -> list[int]:
         if used + size > room and character != " ":
             begin = allowed if allowed > begin else at
             breaks.append(begin)
+            room = further_room
             used = cell_len(plain[begin:at])
         used += size
     return breaks
