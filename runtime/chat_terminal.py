@@ -219,12 +219,13 @@ class TerminalChat:
     async def run(self, chat: Chat) -> None:
         """Ask and answer until Ctrl-D or /exit; errors are shown and survived."""
         self._chat = chat
+        console.status(INTRODUCTION)
         self.display.attach(self._app, self._buffer)
         # What others print (a restarted server's "still loading") goes above the input too.
         with patch_stdout(raw=True):
             tasks = [asyncio.create_task(self._work()), asyncio.create_task(self._ticking())]
             try:
-                await self._app.run_async(pre_run=lambda: self.display.note(INTRODUCTION), handle_sigint=False)
+                await self._app.run_async(handle_sigint=False)
             finally:
                 for task in [*tasks, *filter(None, [self._current])]:
                     task.cancel()
