@@ -294,9 +294,7 @@ class TerminalChat:
             get_line_prefix=lambda line, wrapped: "> " if line == wrapped == 0 else "  ",
         )
         live = Window(FormattedTextControl(self._live), dont_extend_height=True, wrap_lines=False)
-        status = Window(
-            FormattedTextControl(self._status), height=1, style="class:bottom-toolbar.text", wrap_lines=False
-        )
+        status = Window(FormattedTextControl(self._status), height=1, wrap_lines=False)
         parts = [
             ConditionalContainer(live, Condition(lambda: bool(self.display.rows))),
             ConditionalContainer(
@@ -313,12 +311,12 @@ class TerminalChat:
         return to_formatted_text(ANSI("\n".join(self.display.rows)))
 
     def _queued(self) -> StyleAndTextTuples:
-        return [("italic", f"{len(self._queue)} waiting: {' '.join(self._queue[0].split())}")]
+        return [("dim", f"{len(self._queue)} waiting: {' '.join(self._queue[0].split())}")]
 
     def _status(self) -> StyleAndTextTuples:
         assert self._chat is not None
         text = status_line(self._chat, self.display.answer, answering=self._current is not None)
-        return [("italic", text[: self.display.width - 1])]
+        return [("dim", text[: self.display.width - 1])]
 
     def _keys(self) -> KeyBindings:
         keys = KeyBindings()

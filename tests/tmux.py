@@ -16,7 +16,7 @@ from typing import Self
 
 import pytest
 
-SECONDS = 60.0  # against hanging; says nothing about speed
+SECONDS = 15.0  # against hanging; says nothing about speed
 SCREENS = Path(__file__).resolve().parent / "runtime" / "screens"
 # What differs from run to run -> what is kept.
 _NUMBERS = (
@@ -74,11 +74,15 @@ class Tmux:
 
     def expect(self, text: str, *, times: int = 1) -> str:
         """Wait until `text` was shown so often, and give the screen."""
+        self.expect_soon(text, times=times)
+        return self.settled()
+
+    def expect_soon(self, text: str, *, times: int = 1) -> None:
+        """Wait until `text` was shown so often, whatever goes on."""
         deadline = time.monotonic() + SECONDS
         while self.screen(scrolled=True).count(text) < times:
             assert time.monotonic() < deadline, f"no {text!r} ({times} times):\n{self.screen(scrolled=True)}"
             time.sleep(0.03)
-        return self.settled()
 
     def settled(self) -> str:
         """Give the screen when it has not changed for a moment."""

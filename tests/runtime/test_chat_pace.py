@@ -35,10 +35,11 @@ def shown_after(terminal: Terminal, words: list[str]) -> list[float]:
 
 def test_the_first_token_shows_as_it_comes(env: dict[str, str]) -> None:
     delays = []
-    pace = Pace(["word000"], 0.2, wait=0.3)
+    pace = Pace([], 0.2, wait=0.3)
     with paced_server(pace) as url, Terminal(command("hy-chat", "--url", url), env=env) as terminal:
-        terminal.expect("/help")
-        for _ in range(5):
+        terminal.expect("context 0")
+        for word in WORDS[:5]:
+            pace.words = [word]
             pace.sent.clear()
             terminal.type("Hello\r")
             [seen] = shown_after(terminal, pace.words)
@@ -53,7 +54,7 @@ def test_typing_stays_alive_at_a_hundred_tokens_a_second(env: dict[str, str]) ->
     """Every key shows while words go on coming, and what was typed is asked when the answer is complete."""
     delays = []
     with paced_server(Pace(WORDS, 0.01)) as url, Terminal(command("hy-chat", "--url", url), env=env) as terminal:
-        terminal.expect("/help")
+        terminal.expect("context 0")
         terminal.type("Hello\r")
         at = terminal.expect("word010")
         for key in "zyxvu":
