@@ -25,16 +25,16 @@ def read_file(given: str) -> Attachment:
         if path.is_file() and size > MAX_BYTES:
             limit = console.format_bytes(MAX_BYTES)
             raise HyError(str(path), got=console.format_bytes(size), expected=f"at most {limit} of text")
-        # A pipe or a device has no end.
+        # A pipe or a device has no end; a folder says itself what it is.
         raw = path.read_bytes() if path.is_file() or path.is_dir() else b"\0"
     except (OSError, ValueError) as exc:
         raise HyError(f"{given}: cannot read", got=getattr(exc, "strerror", None) or exc) from exc
+    if b"\0" in raw:
+        raise HyError(str(path), got="a binary file", expected="a text file in UTF-8")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as exc:
         raise HyError(str(path), got="bytes that are no UTF-8", expected="a text file in UTF-8") from exc
-    if "\0" in text:
-        raise HyError(str(path), got="a binary file", expected="a text file in UTF-8")
     return Attachment(path.name, text.replace("\r\n", "\n"))
 
 
@@ -48,7 +48,7 @@ def mentioned(text: str) -> tuple[list[Attachment], list[str]]:
     for quoted, plain in _MENTION.findall(text):
         name = _existing(quoted or plain, trim=not quoted)
         if name is None:
-            missing.append(quoted or plain)
+            missing.append(quoted or plain.rstrip(_PUNCTUATION))
         elif name not in files:
             files[name] = read_file(name)
     return list(files.values()), missing

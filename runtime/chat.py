@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Protocol
@@ -65,8 +66,8 @@ class Host(Protocol):
     defaults: dict[str, Any]  # the server's own sampling
     is_llama_server: bool
 
-    async def recover(self) -> str:
-        """Bring a lost server back and say in a line how it was. Raises ServerError where it cannot be."""
+    async def recover(self, say: Callable[[str], None]) -> None:
+        """Bring a lost server back, and say in a line what is done. Raises ServerError where it cannot be."""
 
     async def save_kv(self, path: Path) -> int:
         """Write what the server has read to `path` and give the number of tokens. Raises HyError."""
@@ -188,17 +189,18 @@ class Chat:
     async def _ask_and_keep(self, exchange: Exchange, taken: list[Exchange]) -> None:
         """Ask, and keep the exchange; `taken` comes back after an error."""
         talk = self.conversation
-        n_before = len(talk.exchanges)
+        n_left_out = talk.n_left_out
         try:
             await self._ask(exchange)
         except asyncio.CancelledError:
             exchange.answer.reason = "stopped"
-            talk.exchanges.append(exchange)
+            # Nothing is no better than the answer that was there.
+            talk.exchanges += [exchange] if exchange.answer.text or not taken else taken
             self.display.note("stopped")
             raise
         except HyError:
-            del talk.exchanges[n_before:]
             talk.exchanges += taken
+            talk.n_left_out = n_left_out
             self.display.offer(exchange.question)
             raise
         talk.exchanges.append(exchange)
@@ -215,12 +217,11 @@ class Chat:
                 room = int(REFILLED * (exc.n_ctx or exc.n_tokens))
                 if not self._leave_out(exchange, exc.n_tokens, room):
                     raise _too_long(exc) from exc
-            except LostServerError as exc:
+            except LostServerError:
                 if lost:
                     raise
                 lost = True
-                self.display.note(f"{exc}; bringing it back")
-                self.display.note(await self.host.recover())
+                await self.host.recover(self.display.note)
             else:
                 return
 

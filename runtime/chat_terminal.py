@@ -315,8 +315,10 @@ class TerminalChat:
 
     def _status(self) -> StyleAndTextTuples:
         assert self._chat is not None
-        text = status_line(self._chat, self.display.answer, answering=self._current is not None)
-        return [("dim", text[: self.display.width - 1])]
+        parts = status_parts(self._chat, self.display.answer, answering=self._current is not None)
+        while len(" | ".join(parts)) >= self.display.width and len(parts) > 1:
+            parts.pop()
+        return [("dim", " | ".join(parts)[: self.display.width - 1])]
 
     def _keys(self) -> KeyBindings:
         keys = KeyBindings()
@@ -353,8 +355,11 @@ class TerminalChat:
         self._came.set()
 
 
-def status_line(chat: Chat, answer: Answer, *, answering: bool) -> str:
-    """Say how full the context is, and how fast the last answer was read and written, or the present one is."""
+def status_parts(chat: Chat, answer: Answer, *, answering: bool) -> list[str]:
+    """Say how full the context is, how fast the present answer or the last one is read and written, and what is set.
+
+    Where they do not all fit on a line, the last ones can be missed.
+    """
     timings = answer.timings
     used = tokens_of(answer) if answering else chat.used()
     share = f"/{chat.host.n_ctx} ({100 * used // chat.host.n_ctx} %)" if chat.host.n_ctx else ""
@@ -369,7 +374,7 @@ def status_line(chat: Chat, answer: Answer, *, answering: bool) -> str:
         parts.append(f"editing {chat.editing}")
     if chat.files:
         parts.append(f"{len(chat.files)} files")
-    return " | ".join([*parts, "/help"])
+    return [*parts, "/help"]
 
 
 def held_output() -> HeldOutput:

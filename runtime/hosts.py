@@ -8,8 +8,8 @@ import os
 import secrets
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -48,14 +48,14 @@ class AttachedHost:
             self.n_ctx = n_ctx if isinstance(n_ctx, int) and n_ctx > 0 else None
             self.defaults = params if isinstance(params, dict) else {}
 
-    async def recover(self) -> str:
+    async def recover(self, say: Callable[[str], None]) -> None:
         """Wait until the server answers again. Raises LostServerError where it does not."""
+        say(f"lost the server at {self.client.endpoint.url}; the question waits until it is back")
         begun = time.monotonic()
         while not await self.client.is_healthy():
             if time.monotonic() - begun > RECONNECT_SECONDS:
                 raise LostServerError(f"no server at {self.client.endpoint.url}", fix="start it and ask again")
             await asyncio.sleep(POLL_SECONDS)
-        return "the server is back; asking again"
 
     async def save_kv(self, path: Path) -> int:
         """Refuse: what another server has read is in its own folder."""
@@ -85,15 +85,17 @@ class PrivateHost(AttachedHost):
             self._server.check()
             time.sleep(POLL_SECONDS / 4)
 
-    async def recover(self) -> str:
+    async def recover(self, say: Callable[[str], None]) -> None:
         """Start the server again where it ended, else wait for it."""
         try:
             await asyncio.to_thread(self.explain)
         except ServerExitError as exc:
-            self._server = await asyncio.wrap_future(self._keeper.start(self._options))
-            await self.client.move(self._server.endpoint)
-            return f"{exc}; it is started again, and the question asked again"
-        return await super().recover()
+            say(f"{exc}; the question waits until it is started again")
+        else:
+            await super().recover(say)
+            return
+        self._server = await asyncio.wrap_future(self._keeper.start(self._options))
+        await self.client.move(self._server.endpoint)
 
     async def save_kv(self, path: Path) -> int:
         """Let the server write beside the conversation."""
@@ -126,7 +128,7 @@ class Keeper:
         self._thread = ThreadPoolExecutor(1, "server")
         self._stack = ExitStack()
 
-    def start(self, options: ServerOptions) -> Any:
+    def start(self, options: ServerOptions) -> Future[Server]:
         """Start a server in place of the one before; give the future."""
         return self._thread.submit(self._start, options)
 

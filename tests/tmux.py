@@ -21,7 +21,8 @@ SCREENS = Path(__file__).resolve().parent / "runtime" / "screens"
 # What differs from run to run -> what is kept.
 _NUMBERS = (
     (re.compile(r"[\d.]+ (tok(?:ens)?/s)"), r"N \1"),
-    (re.compile(r"thought for \d+ s"), "thought for N s"),
+    (re.compile(r"thought for \d+ s, \d+ tokens"), "thought for N s, N tokens"),
+    (re.compile(r"context \d+/(\d+) \(\d+ %\)"), r"context N/\1 (N %)"),
     (re.compile(r"http://127\.0\.0\.1:\d+"), "http://127.0.0.1:PORT"),
 )
 
