@@ -118,7 +118,9 @@ class Client:
         import httpx
 
         if isinstance(exc, httpx.ConnectError):
-            return LostServerError(f"no server at {self.endpoint.url}", got=exc, fix="start one with hy-serve")
+            return LostServerError(
+                f"no server at {self.endpoint.url}", got=_root(exc), fix="start one with hy-serve"
+            )
         return LostServerError(f"lost the server at {self.endpoint.url}", got=str(exc) or type(exc).__name__)
 
     def _refused(self, status: int, raw: bytes) -> ServerError:
@@ -131,6 +133,14 @@ class Client:
             return ServerError(
                 f"{self.endpoint.url}: got HTTP {status}", expected="a chat answer", fix="is it a llama-server?"
             )
+
+
+def _root(exc: BaseException) -> BaseException:
+    """Give the system's own error behind an error, where there is one: it says what a network library hides."""
+    behind: BaseException | None = exc
+    while behind and not (isinstance(behind, OSError) and behind.errno):
+        behind = behind.__cause__ or behind.__context__
+    return behind or exc
 
 
 def _connection(endpoint: Endpoint) -> httpx.AsyncClient:

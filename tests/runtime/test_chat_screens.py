@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -77,8 +76,8 @@ def chat(folder: Path, size: tuple[int, int], *flags: object, env: dict[str, str
 
 
 @pytest.fixture
-def kept(size: tuple[int, int]) -> Iterator[str]:
-    yield f"{size[0]}x{size[1]}"
+def kept(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
 
 
 def test_a_conversation(folder: Path, size: tuple[int, int], kept: str, llama_server: Path) -> None:
