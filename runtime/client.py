@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -119,7 +120,7 @@ class Client:
 
         if isinstance(exc, httpx.ConnectError):
             return LostServerError(
-                f"no server at {self.endpoint.url}", got=_root(exc), fix="start one with hy-serve"
+                f"no server at {self.endpoint.url}", got=_reason(exc), fix="start one with hy-serve"
             )
         return LostServerError(f"lost the server at {self.endpoint.url}", got=str(exc) or type(exc).__name__)
 
@@ -135,12 +136,12 @@ class Client:
             )
 
 
-def _root(exc: BaseException) -> BaseException:
-    """Give the system's own error behind an error, where there is one: it says what a network library hides."""
+def _reason(exc: BaseException) -> str:
+    """Give the system's own word for what went wrong, where there is one: it says what a network library hides."""
     behind: BaseException | None = exc
     while behind and not (isinstance(behind, OSError) and behind.errno):
         behind = behind.__cause__ or behind.__context__
-    return behind or exc
+    return os.strerror(behind.errno or 0) if isinstance(behind, OSError) else str(exc)
 
 
 def _connection(endpoint: Endpoint) -> httpx.AsyncClient:
