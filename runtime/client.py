@@ -119,9 +119,7 @@ class Client:
         import httpx
 
         if isinstance(exc, httpx.ConnectError):
-            return LostServerError(
-                f"no server at {self.endpoint.url}", got=_reason(exc), fix="start one with hy-serve"
-            )
+            return LostServerError(f"no server at {self.endpoint.url}", got=_reason(exc), fix="start one with hy-serve")
         return LostServerError(f"lost the server at {self.endpoint.url}", got=str(exc) or type(exc).__name__)
 
     def _refused(self, status: int, raw: bytes) -> ServerError:

@@ -142,7 +142,16 @@ def same(one: Conversation, other: Conversation) -> bool:
 
 
 SOUP = [
-    *("<!-- user -->", "<!-- assistant -->", '<!-- file "x" -->', "\\<!-- user -->", "<!-- hy-chat", "-->", "\\", "```"),
+    *(
+        "<!-- user -->",
+        "<!-- assistant -->",
+        '<!-- file "x" -->',
+        "\\<!-- user -->",
+        "<!-- hy-chat",
+        "-->",
+        "\\",
+        "```",
+    ),
     *("\n", "\n\n", "\r", "\r\n", " ", "a", "你好", "\u2028", "\x0c", "\x85", "# x", ""),
 ]
 

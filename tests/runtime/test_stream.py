@@ -40,7 +40,7 @@ PIECES = [
 ]
 
 
-def pieces(stream: ChatStream, raw: bytes, size: int) -> list[Piece]:
+def pieces(stream: ChatStream, raw: bytes, size: int) -> list[Piece | Progress]:
     return [piece for at in range(0, len(raw), size) for piece in stream.feed(raw[at : at + size])]
 
 
