@@ -374,7 +374,7 @@ def status_parts(chat: Chat, answer: Answer, *, answering: bool) -> list[str]:
         parts.append(f"editing {chat.editing}")
     if chat.files:
         parts.append(f"{len(chat.files)} files")
-    return [*parts, "/help"]
+    return parts if chat.conversation.exchanges else [*parts, "/help"]
 
 
 def held_output() -> HeldOutput:
