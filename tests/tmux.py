@@ -23,6 +23,7 @@ _NUMBERS = (
     (re.compile(r"[\d.]+ (tok(?:ens)?/s)"), r"N \1"),
     (re.compile(r"thought for \d+ s, \d+ tokens"), "thought for N s, N tokens"),
     (re.compile(r"context \d+/(\d+) \(\d+ %\)"), r"context N/\1 (N %)"),
+    (re.compile(r"(\d)\.\d %"), r"\1.N %"),
     (re.compile(r"http://127\.0\.0\.1:\d+"), "http://127.0.0.1:PORT"),
 )
 

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -18,6 +19,8 @@ from hymoe.chat_templates import fallback
 from hymoe.errors import ServerError
 from hymoe.runtime.chat_cli import main
 from hymoe.runtime.endpoint import Endpoint, endpoint_from_url, is_loopback
+from hymoe.runtime.process import free_port
+from hymoe.runtime.server import ServerOptions, serve
 
 pytestmark = pytest.mark.engine
 
@@ -220,6 +223,24 @@ def test_an_engine_lost_between_two_questions(tiny: Path) -> None:
         terminal.type("\x04")
         assert terminal.wait() == 0
     assert re.fullmatch(r"> Hello\n[a-z]+\n> ", terminal.screen), terminal.screen
+
+
+def test_a_server_of_somebody_else_is_waited_for(talkative: Path) -> None:
+    """Lost in mid-answer: the question is asked again when the server is back."""
+    options = ServerOptions(talkative, port=free_port("127.0.0.1"), threads=1)
+    with ExitStack() as servers:
+        endpoint = servers.enter_context(serve(options))
+        with Terminal(command("hy-chat", "--url", endpoint.url, "--max-tokens", 3000)) as terminal:
+            terminal.expect("> ")
+            terminal.type("Talk!\n")
+            wait_for_text(terminal, 30)
+            servers.close()
+            at = terminal.expect(f"lost the server at {endpoint.url}; the question waits until it is back\n")
+            servers.enter_context(serve(options))
+            terminal.expect("cut at max_tokens\n> ", after=at)
+            terminal.type("/list\n/exit\n")
+            assert terminal.wait() == 0
+    assert "  1 Talk!\n" in terminal.screen
 
 
 def test_an_engine_that_is_lost_in_one_shot(talkative: Path) -> None:
