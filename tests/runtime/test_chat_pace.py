@@ -12,7 +12,7 @@ from paced_server import Pace, paced_server
 from terminal import Terminal, command
 
 WORDS = [f"word{n:03} " for n in range(300)]
-# Generous: the limit is 50 ms on a quiet machine (measured: docs/log.md), and a test machine is not quiet.
+# Generous: 50 ms is the aim (2 to 9 ms were measured, with two cores under load), and a test machine may stand still.
 LIMIT_SECONDS = 1.0
 
 
