@@ -1,154 +1,295 @@
-"""A conversation on the terminal: history, streaming, and what Ctrl-C and errors do to them."""
+"""Asking and answering: one conversation, the server that answers, and the display that shows it, kept apart.
+
+What can go wrong on the way is met here: a full context, a lost server, an answer that is stopped.
+"""
 
 from __future__ import annotations
 
-import re
-import sys
+import asyncio
+import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any, Protocol
 
-from hymoe import console
-from hymoe.errors import ServerError
-from hymoe.runtime.client import Client, Message
-from hymoe.runtime.process import waking
-from hymoe.runtime.stream import ChatStream, Piece
+from rich.text import Text
 
-HELP = """\
-/reset  forget the conversation, keep the system prompt
-/exit   leave (Ctrl-D too)
-/help   this list
-Ctrl-C stops an answer; what has come of it stays in the conversation.
-/think or /no_think before a question goes to the model: with or without a thought first."""
+from hymoe.errors import HyError
+from hymoe.runtime import attachments, transcript
+from hymoe.runtime.client import Client, LostServerError
+from hymoe.runtime.conversation import Answer, Attachment, Conversation, Exchange
+from hymoe.runtime.settings import Settings
+from hymoe.runtime.stream import ChatStream, ContextFullError, Piece, Progress
 
-# Words for the model that look like commands of ours.
-MODEL_WORDS = ("/think", "/no_think")
+N_ALTERNATIVES = 5
+# Of a context: what an answer must have before it begins, and how full it is after the oldest exchanges are left out.
+# Leaving out more than needed at once means that the whole prompt is read again once in a while, not at every question.
+RESERVED, MAX_RESERVED, REFILLED = 0.2, 2048, 0.5
+BYTES_PER_TOKEN = 3  # to guess a question's length before the server counts it
+KV_SUFFIX = ".kv"
 
-# Control characters of a model's text could move the cursor or retitle the window.
-_CONTROLS = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)))
+
+class Display(Protocol):
+    """Where a conversation is shown."""
+
+    def note(self, text: str) -> None:
+        """Show a line about what happened."""
+
+    def error(self, text: str) -> None:
+        """Show what went wrong."""
+
+    def say(self, text: str | Text) -> None:
+        """Show what a command was asked for."""
+
+    def begin(self, answer: Answer) -> None:
+        """Make ready for an answer; it grows as `show` is called."""
+
+    def show(self, piece: Piece | Progress, answer: Answer) -> None:
+        """Show a piece of the answer, which is in `answer` already."""
+
+    def end(self, answer: Answer) -> None:
+        """Show what is left of it."""
+
+    def offer(self, text: str) -> bool:
+        """Put a text where the user can change and send it; False where there is no such place."""
+
+    def copy(self, text: str) -> bool:
+        """Put a text on the clipboard of the user's terminal; False where there is none."""
+
+
+class Host(Protocol):
+    """Who runs the server."""
+
+    client: Client
+    n_ctx: int | None
+    model: dict[str, Any]  # what tells this model file from another; for /save
+    defaults: dict[str, Any]  # the server's own sampling
+    is_llama_server: bool
+
+    async def recover(self, say: Callable[[str], None]) -> None:
+        """Bring a lost server back, and say in a line what is done. Raises ServerError where it cannot be."""
+
+    async def save_kv(self, path: Path) -> int:
+        """Write what the server has read to `path` and give the number of tokens. Raises HyError."""
+
+    async def load_kv(self, path: Path) -> int:
+        """The other way round."""
 
 
 class Chat:
-    """One conversation with a server. `system` opens it; `max_tokens` limits each answer."""
+    """One conversation. `fields` are added to each request."""
 
-    def __init__(self, client: Client, *, system: str | None = None, max_tokens: int | None = None) -> None:
-        self._client = client
-        self._max_tokens = max_tokens
-        self._opening: list[Message] = [{"role": "system", "content": system}] if system else []
-        self.messages: list[Message] = list(self._opening)
+    def __init__(
+        self, host: Host, display: Display, conversation: Conversation, settings: Settings, fields: dict[str, Any]
+    ) -> None:
+        self.host = host
+        self.display = display
+        self.conversation = conversation
+        self.settings = settings
+        self.files: list[Attachment] = []  # that go with the next question
+        self.editing: int | None = None  # the exchange that the next question takes the place of
+        self._fields = fields
 
-    def reset(self) -> None:
-        """Forget all but the system prompt."""
-        self.messages = list(self._opening)
+    @property
+    def last(self) -> Answer:
+        """The last answer. Raises HyError where there is none."""
+        if not self.conversation.exchanges:
+            raise HyError("there is no answer yet")
+        return self.conversation.exchanges[-1].answer
 
-    def ask(self, prompt: str) -> str:
-        """Stream the answer to stdout and give it back.
+    def used(self) -> int:
+        """Give how many tokens of the context the conversation takes, as far as it is known."""
+        if not self.conversation.exchanges:
+            return 0
+        answer = self.conversation.exchanges[-1].answer
+        return tokens_of(answer) - answer.thought_tokens
 
-        Question and answer join the history together: after an error neither does, after Ctrl-C (which passes
-        through) what has been shown of the answer does.
+    async def ask(self, question: str) -> None:
+        """Ask and show the answer; the files that the question mentions go with it.
+
+        Both join the conversation when the answer is complete, or stopped (asyncio.CancelledError passes through).
+        After an error neither does, and the question is offered again. Raises HyError.
         """
-        question = {"role": "user", "content": prompt}
-        stream, screen = ChatStream(), Screen()
-        pieces = self._client.chat([*self.messages, question], stream=stream, max_tokens=self._max_tokens)
+        mentioned, missing = attachments.mentioned(question)
+        for name in missing:
+            self.display.note(f"no file {name}: sent as it stands")
+        files = (*self.files, *mentioned)
+        for file in mentioned:
+            await self._tell_size(file)
+        taken: list[Exchange] = []
+        number, self.editing = self.editing, None
+        if number is not None:
+            taken = self.conversation.rewind(number)
+            files = files or taken[0].files
+        await self._ask_and_keep(Exchange(question, files), taken)
+        self.files = []
+
+    async def ask_once(self, prompt: str) -> Answer:
+        """Ask as a script wants it: an @ is an @, and what goes wrong is raised and not mended. Raises HyError."""
+        exchange = Exchange(prompt, tuple(self.files))
+        await self._stream(exchange)
+        self._say_how_it_ended(exchange.answer)
+        return exchange.answer
+
+    async def ask_again(self) -> None:
+        """Ask the last question once more, in place of its answer. Raises HyError."""
+        self.last  # noqa: B018 - raises where there is none
+        taken = self.conversation.rewind(len(self.conversation.exchanges))
+        await self._ask_and_keep(Exchange(taken[0].question, taken[0].files), taken)
+
+    async def attach(self, path: str) -> None:
+        """Let a file go with the next question. Raises HyError."""
+        file = attachments.read_file(path)
+        self.files.append(file)
+        await self._tell_size(file)
+
+    async def save(self, path: Path) -> None:
+        """Write the conversation to a file, and what the server has read of it beside that. Raises HyError."""
+        settings = self.settings
+        extra: dict[str, Any] = {"model": self.host.model, "think": settings.thinking(), "sampling": settings.values}
+        transcript.write(path, transcript.Transcript(self.conversation, extra))
+        beside = path.with_name(path.name + KV_SUFFIX)
         try:
-            with closing(pieces):
-                for piece in pieces:
-                    screen.show(piece)
-        except KeyboardInterrupt:
-            self._remember(question, screen.text)
+            n_tokens = await self.host.save_kv(beside)
+        except HyError as exc:
+            self.display.note(f"{path}: saved; what the server has read is not: {exc}")
+        else:
+            self.display.note(f"{path}: saved; {beside.name} beside it keeps {n_tokens} tokens that were read")
+
+    async def load(self, path: Path) -> None:
+        """Go on with a saved conversation. Raises HyError; the present one stays then."""
+        loaded = transcript.read(path)
+        settings = Settings()
+        for name, value in dict(loaded.settings.get("sampling") or {}).items():
+            settings.set(name, str(value))
+        if loaded.settings.get("think"):
+            settings.set_thinking(str(loaded.settings["think"]))
+        self.conversation, self.settings, self.editing, self.files = loaded.conversation, settings, None, []
+        self.display.note(f"{path}: {len(self.conversation.exchanges)} exchanges")
+        beside = path.with_name(path.name + KV_SUFFIX)
+        if beside.exists():
+            await self._load_kv(beside, loaded.settings.get("model"))
+
+    async def _load_kv(self, path: Path, model: object) -> None:
+        if self.host.model and model != self.host.model:
+            self.display.note(f"{path.name} belongs to another model: ignored; the conversation is read again")
+            return
+        try:
+            n_tokens = await self.host.load_kv(path)
+        except HyError as exc:
+            self.display.note(f"{path.name}: ignored; the conversation is read again ({exc})")
+        else:
+            self.display.note(f"{path.name}: {n_tokens} tokens need not be read again")
+
+    async def _tell_size(self, file: Attachment) -> None:
+        n_tokens = await self.host.client.count_tokens(file.text)
+        size = f"about {len(file.text.encode()) // BYTES_PER_TOKEN}" if n_tokens is None else str(n_tokens)
+        self.display.note(f"{file.name}: {size} tokens, goes with the question")
+
+    async def _ask_and_keep(self, exchange: Exchange, taken: list[Exchange]) -> None:
+        """Ask, and keep the exchange; `taken` comes back after an error."""
+        talk = self.conversation
+        n_left_out = talk.n_left_out
+        try:
+            await self._ask(exchange)
+        except asyncio.CancelledError:
+            exchange.answer.reason = "stopped"
+            # Nothing is no better than the answer that was there.
+            talk.exchanges += [exchange] if exchange.answer.text or not taken else taken
+            self.display.note("stopped")
             raise
-        finally:
-            screen.end()
-        self._remember(question, screen.text)
-        self._say_how_it_ended(stream)
-        return screen.text
+        except HyError:
+            talk.exchanges += taken
+            talk.n_left_out = n_left_out
+            self.display.offer(exchange.question)
+            raise
+        talk.exchanges.append(exchange)
+        self._say_how_it_ended(exchange.answer)
 
-    def _remember(self, question: Message, answer: str) -> None:
-        if answer:
-            self.messages += [question, {"role": "assistant", "content": answer}]
+    async def _ask(self, exchange: Exchange) -> None:
+        """Ask until an answer is complete: after less where the context is full, again where the server was lost."""
+        self._make_room(exchange)
+        lost = False
+        while True:
+            try:
+                await self._stream(exchange)
+            except ContextFullError as exc:
+                room = int(REFILLED * (exc.n_ctx or exc.n_tokens))
+                if not self._leave_out(exchange, exc.n_tokens, room):
+                    raise _too_long(exc) from exc
+            except LostServerError:
+                if lost:
+                    raise
+                lost = True
+                await self.host.recover(self.display.note)
+            else:
+                return
 
-    def _say_how_it_ended(self, stream: ChatStream) -> None:
-        n_tokens = int(stream.timings.get("predicted_n", 0))
-        if stream.reason == "length":
-            limited = self._max_tokens is not None and n_tokens >= self._max_tokens
-            console.status("cut at --max-tokens" if limited else "cut: the context is full; /reset starts over")
-        if n_tokens:
-            console.detail(f"{n_tokens} tokens, {stream.timings.get('predicted_per_second', 0):.1f} tokens/s")
-
-
-class Screen:
-    """Where an answer goes: text to stdout; thoughts too, dimmed, but only where stdout is a terminal."""
-
-    def __init__(self) -> None:
-        self.text = ""
-        self._on_terminal = sys.stdout.isatty()
-        self._kind = ""
-        self._column_is_zero = True
-
-    def show(self, piece: Piece) -> None:
-        """Show one piece."""
-        if piece.kind == "text":
-            self.text += piece.text
-        elif not self._on_terminal:
-            return
-        text = piece.text.translate(_CONTROLS) if self._on_terminal else piece.text
-        if not text:
-            return
-        if piece.kind != self._kind:
-            self._switch(piece.kind)
-        self._column_is_zero = text.endswith("\n")
-        console.result(console.dim(text) if piece.kind == "thought" else text, end="")
-
-    def _switch(self, kind: str) -> None:
-        """Set a thought off from the answer: by a blank line, and by a word where there is no colour to dim it."""
-        if self._kind:
-            self.end()
-            console.result()
-        self._kind = kind
-        if kind == "thought" and not console.dim(" ").strip():
-            console.result("[thinking] ", end="")
-
-    def end(self) -> None:
-        """End the last line."""
-        if not self._column_is_zero:
-            self._column_is_zero = True
-            console.result()
-
-
-def repl(chat: Chat) -> None:
-    """Ask and answer until Ctrl-D or /exit; errors of the server are shown and survived."""
-    console.status("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
-    while True:
+    async def _stream(self, exchange: Exchange) -> None:
+        """Ask once; `exchange.answer` grows as the answer comes."""
+        answer = exchange.answer = Answer()
+        stream = ChatStream()
+        messages = self.conversation.messages(exchange.question, exchange.files)
+        begun = time.monotonic()
+        self.display.begin(answer)
         try:
-            with waking():
-                line = console.ask("> ").strip()
-        except EOFError:
-            console.status("")
+            fields = self._fields | self.settings.fields()
+            async with aclosing(self.host.client.chat(messages, fields, stream)) as pieces:
+                async for piece in pieces:
+                    answer.timings, answer.usage, answer.tokens = stream.timings, stream.usage, stream.tokens
+                    if isinstance(piece, Piece):
+                        begun = begun if answer.thought else time.monotonic()
+                        _take(answer, piece, time.monotonic() - begun)
+                    self.display.show(piece, answer)
+        finally:
+            answer.timings, answer.usage, answer.tokens = stream.timings, stream.usage, stream.tokens
+            answer.reason = stream.reason
+            self.display.end(answer)
+
+    def _make_room(self, exchange: Exchange) -> None:
+        """Leave out what leaves too little for an answer, as far as the numbers of the last answer tell."""
+        n_ctx, talk = self.host.n_ctx, self.conversation
+        if not n_ctx or talk.n_left_out >= len(talk.exchanges) or not self.used():
             return
-        except KeyboardInterrupt:
-            console.status("\nCtrl-D or /exit leaves")
-            continue
-        if line in ("/exit", "/quit"):
+        asked = sum(len(text.encode()) for text in (exchange.question, *(file.text for file in exchange.files)))
+        n_tokens = self.used() + asked // BYTES_PER_TOKEN
+        if n_tokens + min(RESERVED * n_ctx, MAX_RESERVED) > n_ctx:
+            self._leave_out(exchange, n_tokens, int(REFILLED * n_ctx))
+
+    def _leave_out(self, exchange: Exchange, n_tokens: int, room: int) -> int:
+        n = self.conversation.leave_out(exchange.question, exchange.files, n_tokens, room)
+        if n:
+            oldest = "the oldest exchange is" if n == 1 else f"the {n} oldest exchanges are"
+            self.display.note(f"context full ({n_tokens} tokens): {oldest} left out, the rest is read again")
+        return n
+
+    def _say_how_it_ended(self, answer: Answer) -> None:
+        if answer.reason != "length":
             return
-        if line in _COMMANDS:
-            _COMMANDS[line](chat)
-        elif re.fullmatch(r"/[a-z_]+", line) and line not in MODEL_WORDS:
-            console.status(f"unknown command {line}; /help lists them")
-        elif line:
-            _ask_and_survive(chat, line)
+        limit = self.settings.values.get("max_tokens")
+        limited = limit is not None and answer.timings.get("predicted_n", 0) >= limit
+        told = "cut at max_tokens" if limited else "cut: the context is full; the next question makes room"
+        self.display.note(told)
 
 
-def _ask_and_survive(chat: Chat, line: str) -> None:
-    try:
-        chat.ask(line)
-    except KeyboardInterrupt:
-        console.status("stopped")
-    except ServerError as exc:
-        console.error(str(exc))
+def _take(answer: Answer, piece: Piece, seconds: float) -> None:
+    """Add a piece; `seconds` since the first one."""
+    if piece.kind == "text":
+        answer.text += piece.text
+        return
+    answer.thought += piece.text
+    answer.thought_seconds = seconds
+    marked = sum(token.is_thought for token in answer.tokens)
+    answer.thought_tokens = max(answer.thought_tokens + 1, marked)
 
 
-def _reset(chat: Chat) -> None:
-    chat.reset()
-    console.status("the conversation is forgotten")
+def tokens_of(answer: Answer) -> int:
+    """Give the tokens of an answer and everything before it; 0 where the server did not say."""
+    told = answer.usage.get("prompt_tokens", 0) + answer.usage.get("completion_tokens", 0)
+    timings = answer.timings
+    return int(told or sum(timings.get(key, 0) for key in ("cache_n", "prompt_n", "predicted_n")))
 
 
-_COMMANDS: dict[str, Callable[[Chat], None]] = {"/reset": _reset, "/help": lambda _chat: console.status(HELP)}
+def _too_long(exc: ContextFullError) -> ContextFullError:
+    line = f"context full: the question alone has {exc.n_tokens} tokens, the server holds {exc.n_ctx}"
+    return ContextFullError(f"{line}; a larger --ctx holds more", exc.n_tokens, exc.n_ctx)

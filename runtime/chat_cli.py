@@ -25,7 +25,19 @@ def chat(
     prompt: Annotated[
         str | None, typer.Option("-p", "--prompt", help="Answer this and end; - reads it from stdin, as a pipe does.")
     ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="The answer as one JSON object: content, reasoning_content, usage, timings.")
+    ] = False,
+    file: Annotated[
+        list[Path] | None, typer.Option("-f", "--file", metavar="FILE", help="Text that goes with the question.")
+    ] = None,
+    load: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Go on with a conversation that /save wrote.")
+    ] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    think: Annotated[
+        str | None, typer.Option(metavar="on|off|N", help="Whether to think first, or for N tokens at most.")
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")] = None,
     ctx: Ctx = None,
     threads: Threads = None,
@@ -41,6 +53,7 @@ def chat(
     from hymoe.runtime.endpoint import endpoint_from_url
     from hymoe.runtime.server import ServerExitError, ServerOptions
     from hymoe.runtime.session import ChatOptions, attached, private, read_prompt
+    from hymoe.runtime.settings import Settings
     from hymoe.runtime.supervise import show_exit
 
     if (model is None) == (url is None):
@@ -50,7 +63,12 @@ def chat(
     console.set_verbosity(quiet=quiet, verbose=verbose)
     if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
         prompt = read_prompt(sys.stdin.buffer)
-    options = ChatOptions(prompt=prompt, system=system, max_tokens=max_tokens)
+    if as_json and prompt is None:
+        raise typer.BadParameter("--json needs a prompt: -p, or a pipe")
+    settings = Settings({} if max_tokens is None else {"max_tokens": max_tokens})
+    if think is not None:
+        settings.set_thinking(think if think in ("on", "off") else f"budget {think}")
+    options = ChatOptions(prompt, system, tuple(file or ()), load, as_json, settings)
     try:
         if url is not None:
             attached(endpoint_from_url(url, os.environ.get("HYMOE_API_KEY") or None), options)

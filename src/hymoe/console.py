@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TextIO
 
 from hymoe.errors import HyError
 
@@ -69,6 +69,11 @@ def warn(text: str) -> None:
 def error(text: str) -> None:
     """Write an error to stderr."""
     _err(f"error: {text}", style="bold red")
+
+
+def terminal() -> TextIO:
+    """Give stdout to a program that draws on it itself, with cursor movements."""
+    return sys.stdout
 
 
 def dim(text: str) -> str:

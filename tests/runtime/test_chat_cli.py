@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -17,6 +19,8 @@ from hymoe.chat_templates import fallback
 from hymoe.errors import ServerError
 from hymoe.runtime.chat_cli import main
 from hymoe.runtime.endpoint import Endpoint, endpoint_from_url, is_loopback
+from hymoe.runtime.process import free_port
+from hymoe.runtime.server import ServerOptions, serve
 
 pytestmark = pytest.mark.engine
 
@@ -51,7 +55,7 @@ def attach(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_one_shot_with_a_private_server(endpoint: Endpoint, tiny: Path) -> None:
     done = run(command("hy-chat", tiny, "-p", "Hello", *LIMIT))
     assert (done.returncode, done.stdout) == (0, expected(endpoint, "Hello") + "\n")
-    assert done.stderr == f"loading {tiny}\nready (context {TRAINED})\ncut at --max-tokens\n"
+    assert done.stderr == f"loading {tiny}\nready (context {TRAINED})\ncut at max_tokens\n"
 
 
 def test_one_shot_from_a_pipe(endpoint: Endpoint, attach: list[str]) -> None:
@@ -70,7 +74,7 @@ def test_a_system_prompt(endpoint: Endpoint, attach: list[str]) -> None:
 
 def test_details(attach: list[str]) -> None:
     done = run([*attach, "-p", "Hello", *map(str, LIMIT), "-v"])
-    assert re.fullmatch(rf"cut at --max-tokens\n{N} tokens, [\d.]+ tokens/s\n", done.stderr)
+    assert re.fullmatch(rf"{N} tokens, [\d.]+ tokens/s\ncut at max_tokens\n", done.stderr)
 
 
 def test_a_conversation(endpoint: Endpoint, tiny: Path) -> None:
@@ -79,17 +83,22 @@ def test_a_conversation(endpoint: Endpoint, tiny: Path) -> None:
     second = expected(endpoint, "Hello", first, "/think And?")
     long = "word " * 60
     script = [
-        ("Hello\n", f"Hello\n{first}\ncut at --max-tokens\n"),
-        ("/think And?\n", f"/think And?\n{second}\ncut at --max-tokens\n"),
+        ("Hello\n", f"Hello\n{first}\ncut at max_tokens\n"),
+        ("/think And?\n", f"/think And?\n{second}\ncut at max_tokens\n"),
         ("\n", "\n"),
-        ("/rest\n", "/rest\nunknown command /rest; /help lists them\n"),
+        ("/rest\n", "/rest\nerror: unknown command /rest; /help lists them\n"),
+        ("/edit 3\n", "/edit 3\nerror: question: got 3, expected a number from 1 to 2; /list shows them\n"),
+        ("/list\n", "/list\n  1 Hello\n  2 /think And?\n"),
         (
             f"{long}\n",
-            f"{long}\nerror: context full: the conversation has 347 tokens, the server holds 256; "
-            "/reset starts over, a larger --ctx holds more\n",
+            f"{long}\ncontext full (347 tokens): the 2 oldest exchanges are left out, the rest is read again\n"
+            "error: context full: the question alone has 301 tokens, the server holds 256; a larger --ctx holds more\n",
         ),
+        ("/undo\n", "/undo\nforgotten: /think And?\n"),
+        ("/regen\n", f"/regen\n{first}\ncut at max_tokens\n"),
         ("/reset\n", "/reset\nthe conversation is forgotten\n"),
-        ("Hello\n", f"Hello\n{first}\ncut at --max-tokens\n"),
+        ("/stats\n", "/stats\nerror: there is no answer yet\n"),
+        ("Hello\n", f"Hello\n{first}\ncut at max_tokens\n"),
         ("half a li", "half a li"),
         ("\x03", "\nCtrl-D or /exit leaves\n"),
         ("\x04", "\n"),
@@ -104,6 +113,63 @@ def test_a_conversation(endpoint: Endpoint, tiny: Path) -> None:
             terminal.expect(answer, after=len(shown) - len(answer))
         assert terminal.wait() == 0
     assert terminal.screen == shown
+
+
+def test_saved_and_loaded_with_what_was_read(talkative: Path, tmp_path: Path) -> None:
+    """Another hy-chat goes on without reading again; with another model's memory it reads again and says so."""
+    kept = tmp_path / "talk.md"
+    with Terminal(command("hy-chat", talkative, "-q", "--max-tokens", 200)) as terminal:
+        terminal.expect("> ")
+        terminal.type("word " * 50 + "\n")
+        terminal.type(f"/save {kept}\n/exit\n")
+        assert terminal.wait() == 0
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {
+        "talk.md": 0o600,
+        "talk.md.kv": 0o600,
+    }
+    with Terminal(command("hy-chat", talkative, "--max-tokens", 20, "--load", kept)) as terminal:
+        terminal.expect("talk.md: 1 exchanges\ntalk.md.kv: ")
+        at = terminal.expect("tokens need not be read again\n")
+        terminal.type("And?\n")
+        at = terminal.expect("cut at max_tokens\n", after=at)
+        terminal.type("/stats\n/exit\n")
+        assert terminal.wait() == 0
+    known = re.search(r"(\d+) were known", terminal.screen)
+    assert known
+    assert int(known[1]) > 300
+    with Terminal(command("hy-chat", talkative, "--max-tokens", 20)) as terminal:
+        terminal.expect("> ")
+        text = kept.read_text(encoding="utf-8")
+        kept.write_text(re.sub('"sha256": "..', '"sha256": "zz', text), encoding="utf-8")
+        terminal.type(f"/load {kept}\n")
+        terminal.expect("talk.md.kv belongs to another model: ignored; the conversation is read again\n")
+        kept.write_text(text, encoding="utf-8")
+        (tmp_path / "talk.md.kv").write_bytes(b"nothing")
+        terminal.type(f"/load {kept}\n")
+        terminal.expect("talk.md.kv: ignored; the conversation is read again (the server refused: ")
+        terminal.type("And?\n")
+        terminal.expect("cut at max_tokens\n")
+        terminal.type("/exit\n")
+        assert terminal.wait() == 0
+
+
+def test_an_attached_server_cannot_save_what_it_read(attach: list[str], tmp_path: Path) -> None:
+    with Terminal([*attach, *map(str, LIMIT)]) as terminal:
+        terminal.expect("> ")
+        terminal.type(f"Hello\n/save {tmp_path}/talk.md\n/exit\n")
+        assert terminal.wait() == 0
+    assert "what the server has read is not: only a private server, of hy-chat MODEL.gguf, can" in terminal.screen
+    assert [path.name for path in tmp_path.iterdir()] == ["talk.md"]
+
+
+def test_one_json_object(endpoint: Endpoint, attach: list[str], tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("Some text.")
+    done = run([*attach, "-p", "Hello", "--json", "-f", str(tmp_path / "a.txt"), *map(str, LIMIT), "-q"])
+    answer = json.loads(done.stdout)
+    with_file = expected(endpoint, "Hello\n\nFile a.txt:\n```txt\nSome text.\n```")
+    assert (done.returncode, done.stderr, done.stdout.count("\n")) == (0, "", 1)
+    assert (answer["content"] + answer["reasoning_content"], answer["finish_reason"]) == (with_file, "length")
+    assert answer["usage"]["completion_tokens"] == answer["timings"]["predicted_n"] == N
 
 
 @pytest.fixture(scope="module")
@@ -152,11 +218,37 @@ def test_an_engine_lost_between_two_questions(tiny: Path) -> None:
     with Terminal(command("hy-chat", tiny, "-q", *LIMIT)) as terminal:
         at = terminal.expect("> ")
         os.kill(engine_of(terminal.pid) or 0, signal.SIGKILL)
-        for _ in range(2):
-            terminal.type("Hello\n")
-            at = terminal.expect("error: the engine stopped while serving: killed by SIGKILL\n> ", after=at)
+        terminal.type("Hello\n")
+        terminal.expect("> ", after=at)
         terminal.type("\x04")
         assert terminal.wait() == 0
+    assert re.fullmatch(r"> Hello\n[a-z]+\n> ", terminal.screen), terminal.screen
+
+
+def test_a_server_of_somebody_else_is_waited_for(talkative: Path) -> None:
+    """Lost in mid-answer: the question is asked again when the server is back."""
+    options = ServerOptions(talkative, port=free_port("127.0.0.1"), threads=1)
+    with ExitStack() as servers:
+        endpoint = servers.enter_context(serve(options))
+        with Terminal(command("hy-chat", "--url", endpoint.url, "--max-tokens", 3000)) as terminal:
+            terminal.expect("> ")
+            terminal.type("Talk!\n")
+            wait_for_text(terminal, 30)
+            servers.close()
+            at = terminal.expect(f"lost the server at {endpoint.url}; the question waits until it is back\n")
+            servers.enter_context(serve(options))
+            terminal.expect("cut at max_tokens\n> ", after=at)
+            terminal.type("/list\n/exit\n")
+            assert terminal.wait() == 0
+    assert "  1 Talk!\n" in terminal.screen
+
+
+def test_an_engine_that_is_lost_in_one_shot(talkative: Path) -> None:
+    with Terminal(command("hy-chat", talkative, "-q", "-p", "Talk!", "--threads", 1)) as terminal:
+        wait_for_text(terminal, 30)
+        os.kill(engine_of(terminal.pid) or 0, signal.SIGKILL)
+        assert terminal.wait() == 1
+    assert terminal.screen.endswith("\nerror: the engine stopped while serving: killed by SIGKILL\n")
 
 
 def test_no_server_and_no_key(
@@ -164,7 +256,7 @@ def test_no_server_and_no_key(
 ) -> None:
     assert main(["--url", "127.0.0.1:9/v1/", "-p", "Hello"]) == 1
     assert capsys.readouterr().err == (
-        "error: no server at http://127.0.0.1:9: got [Errno 111] Connection refused; start one with hy-serve\n"
+        "error: no server at http://127.0.0.1:9: got Connection refused; start one with hy-serve\n"
     )
     assert main(["--url", endpoint.url, "-p", "Hello"]) == 1
     line = f"error: {endpoint.url}: got no API key; set HYMOE_API_KEY to the server's\n"
@@ -199,6 +291,12 @@ def test_usage(words: list[str], message: str, capsys: pytest.CaptureFixture[str
     assert message in capsys.readouterr().err
 
 
+def test_json_of_no_prompt() -> None:
+    with Terminal(command("hy-chat", "--url", "x", "--json")) as terminal:
+        assert terminal.wait() == 2
+    assert "--json needs a prompt" in terminal.screen
+
+
 @pytest.mark.parametrize("given", ["localhost:8080", "http://localhost:8080/", "http://localhost:8080/v1"])
 def test_addresses_people_paste(given: str) -> None:
     assert endpoint_from_url(given, None) == Endpoint("http://localhost:8080")
@@ -222,15 +320,16 @@ def test_addresses_that_are_none(given: str) -> None:
 
 
 SHOW = """
-from hymoe.runtime.chat import Screen
+from hymoe.runtime.chat_plain import PlainDisplay
+from hymoe.runtime.conversation import Answer
 from hymoe.runtime.stream import Piece
-screen = Screen()
+screen = PlainDisplay()
+screen.begin(Answer())
 thought = ["hm", " \\x1b]0;x\\x07"]
 answer = ["\\x1b[2Jyes", "\\n\\t你好\\n"]
 for kind, text in [("thought", text) for text in thought] + [("text", text) for text in answer]:
-    screen.show(Piece(kind, text))
-screen.end()
-assert screen.text == "\\x1b[2Jyes\\n\\t你好\\n"
+    screen.show(Piece(kind, text), Answer())
+screen.end(Answer())
 """
 
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from hymoe.errors import ServerError
-from hymoe.runtime.stream import ChatStream, EventDecoder, Piece, error_text
+from hymoe.runtime.stream import ChatStream, ContextFullError, EventDecoder, Piece, Progress, refusal
 
 
 def chunk(**delta: str) -> str:
@@ -40,7 +40,7 @@ PIECES = [
 ]
 
 
-def pieces(stream: ChatStream, raw: bytes, size: int) -> list[Piece]:
+def pieces(stream: ChatStream, raw: bytes, size: int) -> list[Piece | Progress]:
     return [piece for at in range(0, len(raw), size) for piece in stream.feed(raw[at : at + size])]
 
 
@@ -137,4 +137,32 @@ def test_a_chunk_may_say_little() -> None:
     ],
 )
 def test_error_bodies(body: object, line: str) -> None:
-    assert error_text(body) == line
+    assert str(refusal(body)) == line
+
+
+def test_a_full_context_is_told_in_numbers() -> None:
+    error = refusal({"error": {"type": "exceed_context_size_error", "n_prompt_tokens": 600, "n_ctx": 512}})
+    assert isinstance(error, ContextFullError)
+    assert (error.n_tokens, error.n_ctx) == (600, 512)
+
+
+def entry(text: str, logprob: float, *others: tuple[str, float]) -> dict[str, object]:
+    alternatives = [{"token": other, "logprob": p} for other, p in others]
+    return {"token": text, "logprob": logprob, "top_logprobs": alternatives}
+
+
+def test_probabilities_progress_and_usage() -> None:
+    stream = ChatStream()
+    ours = {"reasoning_content": [entry("Hm", -0.5)], "content": [entry("Yes", -0.1, ("Yes", -0.1), ("No", -2.5))]}
+    events: list[object] = [
+        {"choices": [], "prompt_progress": {"total": 30, "cache": 10, "processed": 20}},
+        {"choices": [{"delta": {"content": "Yes"}, "logprobs": ours}]},
+        {"choices": [{"delta": {"reasoning_content": "so"}, "logprobs": {"content": [entry("so", -0.2)]}}]},
+        {"choices": [], "usage": {"prompt_tokens": 30, "completion_tokens": 3, "prompt_tokens_details": {"x": 1}}},
+    ]
+    raw = "".join(f"data: {json.dumps(event)}\n\n" for event in events).encode()
+    assert [*stream.feed(raw)] == [Progress(30, 10, 20), Piece("text", "Yes"), Piece("thought", "so")]
+    told = [(token.text, token.is_thought) for token in stream.tokens]
+    assert told == [("Hm", True), ("Yes", False), ("so", True)]
+    assert stream.tokens[1].alternatives == (("Yes", -0.1), ("No", -2.5))
+    assert stream.usage == {"prompt_tokens": 30, "completion_tokens": 3}
