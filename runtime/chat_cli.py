@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from hymoe import console
-from hymoe.runtime.serve_cli import Ctx, LogFile, Quiet, Threads, Verbose
+from hymoe.runtime.serve_cli import Ctx, LogFile, Quiet, RouterMode, Threads, Verbose
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 
@@ -41,6 +41,7 @@ def chat(
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")] = None,
     ctx: Ctx = None,
     threads: Threads = None,
+    router: RouterMode = None,
     log: LogFile = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -51,6 +52,7 @@ def chat(
     any page in a browser could talk to an open one.
     """
     from hymoe.runtime.endpoint import endpoint_from_url
+    from hymoe.runtime.router import parse
     from hymoe.runtime.server import ServerExitError, ServerOptions
     from hymoe.runtime.session import ChatOptions, attached, private, read_prompt
     from hymoe.runtime.settings import Settings
@@ -58,8 +60,8 @@ def chat(
 
     if (model is None) == (url is None):
         raise typer.BadParameter("give either MODEL.gguf or --url")
-    if url is not None and (ctx, threads, log) != (None, None, None):
-        raise typer.BadParameter("--ctx, --threads and --log belong to the server that --url names")
+    if url is not None and (ctx, threads, router, log) != (None,) * 4:
+        raise typer.BadParameter("--ctx, --threads, --router and --log belong to the server that --url names")
     console.set_verbosity(quiet=quiet, verbose=verbose)
     if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
         prompt = read_prompt(sys.stdin.buffer)
@@ -73,7 +75,8 @@ def chat(
         if url is not None:
             attached(endpoint_from_url(url, os.environ.get("HYMOE_API_KEY") or None), options)
         elif model is not None:
-            private(ServerOptions(model=model, ctx=ctx, threads=threads, log=log), options)
+            mode = None if router is None else parse(router)
+            private(ServerOptions(model=model, ctx=ctx, threads=threads, router=mode, log=log), options)
     except ServerExitError as exc:
         show_exit(exc)
         raise typer.Exit(1) from None

@@ -165,6 +165,10 @@ async def _stats(chat: Chat, _argument: str) -> None:
         f"thought     {answer.thought_tokens} tokens, {answer.thought_seconds:.1f} s",
         f"ended by    {answer.reason or 'nothing'}",
     ]
+    if mean := timings.get("experts_predicted"):
+        lines.append(
+            f"experts     {mean:.2f} per token and layer ({timings.get('experts_prompt', 0):.2f} in the prompt)"
+        )
     chat.display.say("\n".join(lines))
 
 

@@ -101,7 +101,7 @@ async def _chat(host: AttachedHost, display: Display, options: ChatOptions, *, w
     fields: dict[str, Any] = {"stream_options": {"include_usage": True}}
     if host.is_llama_server:
         # Another server may refuse what it does not know.
-        fields |= {"return_progress": True, "timings_per_token": True}
+        fields |= {"return_progress": True, "timings_per_token": True, "expert_usage": True}
     if host.is_llama_server and with_probabilities:
         fields |= {"logprobs": True, "top_logprobs": N_ALTERNATIVES}
     chat = Chat(host, display, Conversation(options.system), options.settings, fields)

@@ -108,7 +108,9 @@ class ChatStream:
         """Give the pieces of one event. Raises ServerError for an error, TypeError where a type is another."""
         if isinstance(event, dict) and event.get("error") is not None:
             raise refusal(event)
-        self.timings |= _numbers(_field(event, "timings", dict))
+        timings = _field(event, "timings", dict)
+        experts = _numbers(_field(timings, "expert_usage", dict))
+        self.timings |= _numbers(timings) | {f"experts_{phase}": mean for phase, mean in experts.items()}
         self.usage |= _numbers(_field(event, "usage", dict))
         pieces: list[Piece | Progress] = []
         if progress := _numbers(_field(event, "prompt_progress", dict)):

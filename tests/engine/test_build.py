@@ -78,19 +78,39 @@ def write_sdist(file: Path) -> None:
     contents = {"CMakeLists.txt": CMAKE_LISTS, "src/tool.cpp": "", "docs/left-out.md": "x"}
     contents["CMakeLists.txt"] = CMAKE_LISTS.replace("tool.cpp", "src/tool.cpp")
     contents["src/tool.cpp"] = TOOL
-    contents |= {name.as_posix(): "// stock\n" for name in patches.new_files()}
-    for patch in patches.series():
-        for changed in PatchSet(patch.path.read_text()):
-            lines = contents.get(changed.path, "").splitlines(keepends=True)
-            for hunk in changed:
-                lines += ["\n"] * (hunk.source_start - 1 - len(lines))
-                lines += [line.value for line in hunk.source_lines()]
-            contents[changed.path] = "".join(lines)
+    contents |= {name.as_posix(): "// stock\n" for name in patches.new_files()} | patched_files()
     with tarfile.open(file, "w:gz") as archive:
         for name, text in contents.items():
             member = tarfile.TarInfo(pin.VENDORED + name)
             member.size = len(text.encode())
             archive.addfile(member, io.BytesIO(text.encode()))
+
+
+def patched_files() -> dict[str, str]:
+    """Files that the series fits on: a line that a patch wants and no earlier one has put there is in the source."""
+    stock: dict[str, list[list[str]]] = {}  # a line is a list of its text, which may be filled in later
+    now: dict[str, list[list[str]]] = {}
+    for patch in patches.series():
+        for changed in PatchSet(patch.path.read_text()):
+            lines, first = now.setdefault(changed.path, []), stock.setdefault(changed.path, [])
+            missing = [
+                ["\n"] for _ in range(max(hunk.source_start + hunk.source_length for hunk in changed) - len(lines))
+            ]
+            lines += missing
+            first += missing
+            for hunk in reversed(changed):
+                start = hunk.source_start - 1
+                for i, line in enumerate(hunk.source_lines()):
+                    lines[start + i][0] = line.value
+                kept = iter(lines[start : start + hunk.source_length])
+                after = []
+                for line in hunk:
+                    if line.is_added:
+                        after.append([line.value])
+                    elif (same := next(kept)) and line.is_context:
+                        after.append(same)
+                lines[start : start + hunk.source_length] = after
+    return {path: "".join(line[0] for line in lines) for path, lines in stock.items()}
 
 
 def put_tool(folder: Path, name: str, script: str) -> Path:

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 from terminal import TIMEOUT, Terminal, command, ends, engine_of, is_running, run
-from tiny_model import TRAINED, write_model
+from tiny_model import N_EXPERT_USED, TRAINED, write_model
 
 from hymoe.chat_templates import fallback
 from hymoe.errors import ServerError
@@ -50,6 +50,17 @@ def attach(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The command that talks to the shared server."""
     monkeypatch.setenv("HYMOE_API_KEY", endpoint.api_key or "")
     return command("hy-chat", "--url", endpoint.url)
+
+
+def test_the_router_mode_reaches_the_engine_and_is_reported(tiny: Path) -> None:
+    asked = [*command("hy-chat", tiny, "-p", "Hello", "--json", "-q"), *map(str, LIMIT)]
+    every = json.loads(run(asked).stdout)["timings"]
+    assert (every["experts_prompt"], every["experts_predicted"]) == (N_EXPERT_USED, N_EXPERT_USED)
+    fewer = json.loads(run([*asked, "--router", "adaptive:1,1"]).stdout)["timings"]
+    assert (fewer["experts_prompt"], fewer["experts_predicted"]) == (1, 1)
+    wrong = run([*asked, "--router", "best"])
+    assert (wrong.returncode, wrong.stdout) == (1, "")
+    assert wrong.stderr.startswith("error: --router: got best, expected topk, capacity, adaptive")
 
 
 def test_one_shot_with_a_private_server(endpoint: Endpoint, tiny: Path) -> None:
@@ -283,7 +294,7 @@ def test_a_prompt_that_is_none(attach: list[str]) -> None:
     [
         (["-p", "x"], "give either MODEL.gguf or --url"),
         (["m.gguf", "--url", "x"], "give either MODEL.gguf or --url"),
-        (["--url", "x", "--ctx", "5"], "--ctx, --threads and --log belong to the server that --url names"),
+        (["--url", "x", "--ctx", "5"], "--ctx, --threads, --router and --log belong to the server that --url names"),
     ],
 )
 def test_usage(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -195,8 +195,8 @@ def test_bad_models_are_one_line(
         tmp_path / "none.gguf": "no such file: expected a GGUF file; hy-convert makes one",
         tmp_path: "model: got a folder, expected a GGUF file; hy-convert makes one from a checkpoint folder",
         text: "not a GGUF: got '# he', expected 'GGUF' at its start; hy-convert makes one",
-        llama: "architecture: got llama, expected hunyuan-moe; hymoe runs HunYuan mixture-of-experts models; "
-        "make one with hy-convert",
+        llama: "architecture: got llama, expected hunyuan-moe or hunyuan-large; "
+        "hymoe runs HunYuan mixture-of-experts models; make one with hy-convert",
     }
     for path, line in lines.items():
         assert main([str(path), "-q", *more]) == 1
