@@ -51,7 +51,8 @@ class Recipe:
         return self.last_rate + (self.peak_rate - self.last_rate) * (1 + cos(pi * done)) / 2
 
 
-REPORT_EVERY, VALIDATE_EVERY, SAVE_EVERY = 10, 200, 50  # steps
+REPORT_EVERY, VALIDATE_EVERY = 10, 200  # steps
+SAVE_EVERY = 300.0  # seconds
 
 
 def batch(rows: text.Rows, first: int, count: int) -> tuple[Batch, torch.Tensor]:
@@ -158,7 +159,8 @@ class Run:
     def train(self, until: int | None = None) -> None:
         """Go on to step `until` (None: the end), saving, validating and reporting on the way."""
         last = min(until or self.recipe.n_step, self.recipe.n_step)
-        begun, first, losses = time.monotonic(), self.step, []
+        begun = saved = time.monotonic()
+        first, losses = self.step, []
         while self.step < last and not self.stopping:
             values = self.advance()
             losses.append(values["loss"])
@@ -170,8 +172,9 @@ class Run:
                 losses = []
             if self.step % VALIDATE_EVERY == 0 or self.step == self.recipe.n_step:
                 self.log(**validate(self.model, self.held_out))
-            if self.step % SAVE_EVERY == 0:
+            if time.monotonic() - saved > SAVE_EVERY:
                 self.save()
+                saved = time.monotonic()
         self.save()
 
     def stop(self, *_: object) -> None:
