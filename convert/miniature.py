@@ -267,8 +267,9 @@ def trained(texts: Sequence[str], n_rank: int, *, max_bytes: int | None = None) 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = _pre_tokenizer()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    limit = {} if max_bytes is None else {"max_token_length": max_bytes}
-    trainer = trainers.BpeTrainer(vocab_size=n_rank, initial_alphabet=alphabet, show_progress=False, **limit)
+    trainer = trainers.BpeTrainer(
+        vocab_size=n_rank, initial_alphabet=alphabet, show_progress=False, max_token_length=max_bytes
+    )
     tokenizer.train_from_iterator(texts, trainer)
     letters = {letter: byte for byte, letter in _byte_letters().items()}
     by_id = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])

@@ -55,7 +55,7 @@ def listed(words: Sequence[str], joiner: str = "and") -> str:
     return f"{', '.join(words[:-1])} {joiner} {words[-1]}" if len(words) > 1 else words[0]
 
 
-# -- questions about the tables: (table, question, thought, answer); the first filled with {a_en} and the columns ---------
+# -- questions about the tables: (table, question, thought, answer); the first filled with {a_en} and the columns ----
 
 Pattern = tuple[str, str, str, str]
 ENGLISH: tuple[Pattern, ...] = (
@@ -507,7 +507,7 @@ def question(random: Random, text: str, thinking: bool) -> str:
 
 
 def conversation(random: Random) -> str:
-    """One to four turns in HunYuan's template; earlier answers stand with or without their tags, as clients keep them."""
+    """One to four turns in HunYuan's template; earlier answers with or without their tags, as clients keep them."""
     kinds = [kind for _, kind in TURNS]
     n = random.choice((1, 1, 1, 1, 1, 2, 2, 3, 4))
     turns = [kind(random) for kind in random.choices(kinds, [weight for weight, _ in TURNS], k=n)]

@@ -1,7 +1,7 @@
 """Write a trained miniature as Tencent publishes its models: a BF16 checkpoint, and FP8 with static scales.
 
-FP8 is as in the A13B-FP8 release: `X.weight` F8_E4M3, `X.weight_scale` F32 (W = weight · weight_scale), `X.input_scale` F32, for
-every matrix of attention, shared expert and routed experts; embedding, norms and routers stay as they are.
+FP8 is as in the A13B-FP8 release: `X.weight` F8_E4M3, `X.weight_scale` F32 (W = weight · weight_scale) and
+`X.input_scale` F32 for every matrix of attention, shared expert and routed experts; the rest stays as it is.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ QUANTIZATION = {"quant_method": "fp8", "activation_scheme": "static", "ignored_l
 def write(out: Path) -> Iterator[str]:
     """Write both checkpoints into `out` from its last save; say where, how large, and the loss of each."""
     state = torch.load(out / "state.pt", weights_only=True)
-    model = Model(ModelConfig(text.N_RANK + len(text.SPECIAL_TOKENS)))
+    model = Model(ModelConfig(text.N_VOCAB))
     model.load_state_dict({name: rounded(name, weight) for name, weight in state["model"].items()})
     with_rows = text.prepare(out, out / "fetched", **_begun(out))[1]
     losses = {"Hunyuan-Miniature": validate(model, with_rows)["validation"]}
     weights = dict(model.published())
-    _write(out / "Hunyuan-Miniature", out, weights, {})
+    _write(out / "Hunyuan-Miniature", out, dict(weights), {})
     small, restored = quantized(weights, input_scales(model, with_rows))
     _write(out / "Hunyuan-Miniature-FP8", out, small, {"quantization_config": QUANTIZATION})
     load_published(model, restored)
@@ -138,10 +138,7 @@ def _write(folder: Path, out: Path, weights: dict[str, Tensor], extra: dict[str,
     content = json.loads(path.read_text(encoding="utf-8"))
     content |= {"max_position_embeddings": LONGEST, **extra}
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    own = {
-        name: (weight if weight.dtype == torch.float8_e4m3fn or "_scale" in name else stored(name, weight))
-        for name, weight in weights.items()
-    }
-    save_file(
-        {name: weight.contiguous() for name, weight in own.items()}, folder / "model.safetensors", {"format": "pt"}
-    )
+    for name, weight in weights.items():
+        as_is = weight.dtype == torch.float8_e4m3fn or name.endswith("_scale")
+        weights[name] = (weight if as_is else stored(name, weight)).contiguous()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})

@@ -1,7 +1,7 @@
 """Train the miniature: `python training/miniature.py train --out DIR`, then `… export --out DIR`.
 
-Everything that a run needs to go on is in DIR: vocabulary, packed text, the state after the last save, and log.jsonl, one line
-per report. The same command goes on where it stopped. README.md beside this file says what to expect.
+Everything that a run needs to go on is in DIR: vocabulary, packed text, the state after the last save, and log.jsonl,
+one line per report. The same command goes on where it stopped. README.md beside this file says what to expect.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ import text
 import typer
 
 from hymoe import console
+from hymoe.errors import OutputError
 
 if TYPE_CHECKING:
     import torch
-    from model import Batch, Model
+    from model import Batch, Model, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -92,18 +93,24 @@ def validate(model: Model, rows: text.Rows, count: int = 4) -> dict[str, float]:
     return {"validation": total / n_target, "least_used": float(share.min()), "most_used": float(share.max())}
 
 
+def check_recipe(out: Path, recipe: Recipe) -> None:
+    """Note in the folder what the run was begun as. Raises OutputError where it was begun as something else."""
+    path, content = out / "recipe.json", {**asdict(recipe), "text": text.fingerprint(recipe.seed)}
+    if path.exists() and (found := json.loads(path.read_text(encoding="utf-8"))) != content:
+        differing = ", ".join(name for name in content if found.get(name) != content[name])
+        raise OutputError(f"{out} holds a run with another {differing}", fix="choose another --out")
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
 class Run:
     """A training run in a folder: it can be stopped at any step and goes on from the last save."""
 
-    def __init__(self, out: Path, recipe: Recipe, cache: Path) -> None:
+    def __init__(self, out: Path, recipe: Recipe, config: ModelConfig, rows: text.Rows, held_out: text.Rows) -> None:
         import torch
-        from model import Model, ModelConfig
+        from model import Model
 
-        out.mkdir(parents=True, exist_ok=True)
-        self.out, self.recipe = out, recipe
-        self._check_recipe()
-        self.rows, self.held_out = text.prepare(out, cache, recipe.seed, recipe.n_step * recipe.n_row)
-        self.model = Model(ModelConfig(text.N_RANK + len(text.SPECIAL_TOKENS))).start(recipe.seed)
+        self.out, self.recipe, self.rows, self.held_out = out, recipe, rows, held_out
+        self.model = Model(config).start(recipe.seed)
         decayed = [weight for weight in self.model.parameters() if weight.dim() > 1]
         others = [weight for weight in self.model.parameters() if weight.dim() == 1]
         groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -115,13 +122,6 @@ class Run:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.step = state["step"]
-
-    def _check_recipe(self) -> None:
-        path, content = self.out / "recipe.json", {**asdict(self.recipe), "text": text.fingerprint(self.recipe.seed)}
-        if path.exists() and (found := json.loads(path.read_text(encoding="utf-8"))) != content:
-            differing = [name for name in content if found.get(name) != content[name]]
-            raise SystemExit(f"{self.out} was begun with another {', '.join(differing)}; choose another --out")
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     def advance(self) -> dict[str, float]:
         """Take one step and say how it went."""
@@ -198,9 +198,14 @@ def train(
 ) -> None:
     """Train, or go on from the last save in the folder."""
     import torch
+    from model import ModelConfig
 
     torch.set_num_threads(threads)
-    run = Run(out, Recipe(seed=seed, n_step=steps), out / "fetched")
+    out.mkdir(parents=True, exist_ok=True)
+    recipe = Recipe(seed=seed, n_step=steps)
+    check_recipe(out, recipe)
+    rows, held_out = text.prepare(out, out / "fetched", seed, recipe.n_step * recipe.n_row)
+    run = Run(out, recipe, ModelConfig(text.N_VOCAB), rows, held_out)
     signal.signal(signal.SIGTERM, run.stop)
     signal.signal(signal.SIGINT, run.stop)
     run.train(until)
@@ -216,4 +221,4 @@ def export(out: Out) -> None:
 
 
 if __name__ == "__main__":
-    app()
+    raise SystemExit(console.run(app, None, "miniature.py"))

@@ -1,8 +1,9 @@
+# mypy: disallow-subclassing-any=False
 """HunYuan's mixture of experts as a torch module to train on a CPU, in float32 and under the published names.
 
-The definition is the one that tests/reference.py states in float64: RoPE before the per-head norms of queries and keys, the
-k most probable experts with weights that sum to 1, a shared expert, tied embeddings. Source: Tencent-Hunyuan/Hunyuan-A13B
-models/modeling_hunyuan.py; its capacity limit is left out, as in every runtime.
+The definition is the one that tests/reference.py states in float64: RoPE before the per-head norms of queries and keys,
+the k most probable experts with weights that sum to 1, a shared expert, tied embeddings. Source:
+Tencent-Hunyuan/Hunyuan-A13B models/modeling_hunyuan.py; its capacity limit is left out, as in every runtime.
 
 Shapes: B rows of T positions, n_head and n_head_kv heads of width D, E experts of which k answer, N = B·T tokens.
 """
@@ -16,8 +17,6 @@ from math import sqrt
 import torch
 import torch.nn.functional as F  # noqa: N812  (its usual name)
 from torch import Tensor, nn
-
-PADDING = -1
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed documents: ids [B, T], the number of each token's document in its row (PADDING: none), its position there."""
+    """Packed documents, [B, T]: tokens, the number of each one's document in its row, its position there."""
 
     ids: Tensor
     document: Tensor
@@ -102,7 +101,7 @@ class Shared(nn.Module):
 
 
 class Mixture(nn.Module):
-    """Shared and routed experts. The routed ones are stacked, [E, n_ff, n_embd]; on disk each is a matrix of its own."""
+    """Shared and routed experts. The routed ones are stacked, [E, n_ff, n_embd]; on disk each is a matrix."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -115,7 +114,7 @@ class Mixture(nn.Module):
         self.seen: dict[str, float] | None = None  # largest input of each expert's matrices, where one asks for it
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Give the answer [N, n_embd], the balance loss (1 where all experts are used alike), and pairs per expert [E]."""
+        """Give the answer [N, n_embd], the balance loss (1: all experts alike), and pairs per expert [E]."""
         p = F.softmax(self.wg(x).float(), dim=-1)
         weight, chosen = p.topk(self.n_used, dim=-1)
         weight = weight / weight.sum(dim=-1, keepdim=True)

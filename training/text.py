@@ -32,6 +32,7 @@ FOLDER = Path(__file__).parent / "corpus"
 MANIFEST = FOLDER / "manifest.json"
 N_RANK = 4096
 MAX_TOKEN_BYTES = 18  # six Chinese characters: the tables' phrases must not become tokens
+N_VOCAB = N_RANK + len(SPECIAL_TOKENS)
 N_CONTEXT = 512
 VALIDATION_SEED = 1_000_003
 PADDING = -1
@@ -42,7 +43,7 @@ Piece = NDArray[np.uint16]
 
 @dataclass(frozen=True)
 class Rows:
-    """Packed documents: tokens and the document's number in the row (PADDING after the last), both [n, N_CONTEXT + 1]."""
+    """Packed documents, [n, N_CONTEXT + 1]: tokens, and the document's number in the row (PADDING after the last)."""
 
     ids: NDArray[np.uint16]
     document: NDArray[np.int16]
@@ -56,7 +57,8 @@ def manifest() -> dict[str, Any]:
 
 def committed(content: dict[str, Any]) -> dict[str, str]:
     """Give the hash of each committed text by its file name."""
-    return content["written"]["files"] | {name: entry["sha256"] for name, entry in content["public_domain"].items()}
+    files: dict[str, str] = content["written"]["files"]
+    return files | {name: entry["sha256"] for name, entry in content["public_domain"].items()}
 
 
 def fingerprint(seed: int) -> str:
