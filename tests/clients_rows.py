@@ -52,11 +52,24 @@ def broken_json(client: httpx.Client) -> None:
         refused(client.post(path, content=b'{"prompt": "a", '), "parse error")
 
 
+WRONG_TYPES: tuple[tuple[str, Any], ...] = (
+    *(("stop", 5), ("stop", ["a", 5]), ("stop", {"a": 1}), ("chat_template_kwargs", 5), ("chat_template_kwargs", [1])),
+    *(("reasoning_budget_tokens", "x"), ("thinking_budget_tokens", [1]), ("reasoning_budget_message", 5)),
+    *(("reasoning_control", "x"), ("add_generation_prompt", "x"), ("parallel_tool_calls", "x")),
+)
+
+
 def values_of_a_wrong_type(client: httpx.Client) -> None:
     """Values of another type than expected."""
     refused(client.post("/tokenize", json={"content": 5}), "must be string")
     refused(client.post("/v1/chat/completions", json={"messages": 5}), "to be an array")
     refused(client.post("/v1/chat/completions", json={"messages": ["hi"]}), "must be an object")
+    user = {"role": "user", "content": "hi"}
+    for key, value in WRONG_TYPES:
+        refused(client.post("/v1/chat/completions", json={"messages": [user], key: value}), f"'{key}' must be")
+    refused(client.post("/completion", json={"prompt": HELLO, "stop": 5}), "'stop' must be")
+    for key in ("add_special", "parse_special", "with_pieces"):
+        refused(client.post("/tokenize", json={"content": "a", key: "x"}), f"'{key}' must be a boolean")
 
 
 def ids_out_of_range(client: httpx.Client) -> None:

@@ -155,6 +155,31 @@ def test_a_budget_ends_characters_and_tags_whole(tmp_path: Path) -> None:
     assert said == [Message("", "Done.", ()), *[ended] * 3, *[by_itself] * 4]
 
 
+@pytest.mark.parametrize("begun", ["a", "ab", "abc", "abcd", "abcdefgh", "It is 十一", "`a` is\n\nb", "a " * 40 + "b"])
+@pytest.mark.parametrize("budget", [0, 1, 3])
+def test_a_budget_and_a_thought_that_was_begun(dawdler: str, begun: str, budget: int) -> None:
+    history = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "", "reasoning_content": begun}]
+    more = {"continue_final_message": "reasoning_content", "add_generation_prompt": False}
+    message = message_of(ask(dawdler, history, **more, reasoning_budget_tokens=budget))
+    assert message.content == "Done."
+    assert message.reasoning.startswith(begun)
+    assert "<" not in message.reasoning
+    if budget == 0:
+        assert message.reasoning == begun
+
+
+def test_a_budget_and_a_call_that_a_thought_quotes(tmp_path: Path) -> None:
+    """Without tools it is no call, and the thought goes on."""
+    book = Book()
+    book.add("", f'<think>\nSay\n<tool_calls>[{{"name": "f", "arguments": {{}}}}]</tool_calls>\n{LONG_THOUGHT}', circle=16)
+    book.add("", "Done.\n</answer>", closed=True)
+    with serve(ServerOptions(book.write(tmp_path / "m.gguf", fallback()), port=0, threads=1)) as endpoint:
+        for budget in (5, 20, 40, 80):
+            message = message_of(ask(endpoint.url, "hi", reasoning_budget_tokens=budget))
+            assert message.content == "Done.", budget
+            assert message.reasoning.startswith("Say")
+
+
 def test_what_a_budget_says_before_it_ends_the_thought(dawdler: str) -> None:
     more = {"reasoning_budget_tokens": 4, "reasoning_budget_message": "\nEnough."}
     message = message_of(ask(dawdler, "hi", **more))
@@ -257,8 +282,53 @@ def test_a_budget_and_a_required_call(dawdler: str) -> None:
     assert [call.name for call in message.calls] == ["turn"]
 
 
+def post(url: str, path: str, **body: Any) -> Any:
+    """The answer's JSON."""
+    response = httpx.post(url + path, json={"messages": QUESTION, **body}, timeout=TIMEOUT)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def test_a_function_is_named_in_each_api_s_own_way(url: str) -> None:
+    schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in (SHORT, OTHER)}
+    plain = [{"type": "function", "name": name, "parameters": schema} for name, schema in schemas.items()]
+    theirs = [{"name": name, "input_schema": schema} for name, schema in schemas.items()]
+    for name in schemas:
+        choice = {"type": "function", "name": name}
+        answer = post(url, "/v1/responses", input="hi", tools=plain, tool_choice=choice, max_output_tokens=200)
+        assert [item["name"] for item in answer["output"] if item["type"] == "function_call"] == [name]
+        more = {"tools": [SHORT, OTHER], "tool_choice": choice, "parallel_tool_calls": False}
+        assert [call.name for call in message_of(ask(url, "hi", **more)).calls] == [name]
+        choice = {"type": "tool", "name": name}
+        answer = post(url, "/v1/messages", tools=theirs, tool_choice=choice, max_tokens=200)
+        assert [item["name"] for item in answer["content"] if item["type"] == "tool_use"] == [name]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(("mode", "calls"), [("auto", 0), ("required", 1)])
+def test_allowed_tools_are_their_mode(url: str, nested: bool, mode: str, calls: int) -> None:
+    fields = {"mode": mode, "tools": [{"type": "function", "function": {"name": "turn"}}]}
+    choice = {"type": "allowed_tools", **({"allowed_tools": fields} if nested else fields)}
+    message = message_of(ask(url, "chatter;", tools=[SHORT], parallel_tool_calls=False, tool_choice=choice))
+    assert len(message.calls) == calls
+    assert message.content == ("" if calls else "Let us talk.")
+
+
+@pytest.mark.parametrize("tool_choice", ["required", {"type": "function", "function": {"name": "turn"}}])
+@pytest.mark.parametrize("more", [{}, {"tools": []}, {"response_format": {"type": "json_object"}}])
+def test_a_call_cannot_be_required_where_there_are_no_tools(url: str, tool_choice: Any, more: dict[str, Any]) -> None:
+    body = {"messages": QUESTION, "tool_choice": tool_choice, **more}
+    response = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=TIMEOUT)
+    assert response.status_code == 400
+    assert "no tools" in response.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(
-    "tool_choice", [{"type": "function", "function": {"name": "fly"}}, {"function": "turn"}, 3, "sometimes"]
+    "tool_choice",
+    [
+        *({"type": "function", "function": {"name": "fly"}}, {"function": "turn"}, 3, "sometimes", "function:turn", ""),
+        *({"type": "function"}, {"type": "custom", "name": "turn"}, {"type": "allowed_tools"}, {"name": "turn"}),
+    ],
 )
 def test_a_choice_that_means_nothing_is_a_400(url: str, tool_choice: Any) -> None:
     body = {"messages": [{"role": "user", "content": "hi"}], "tools": [SHORT], "tool_choice": tool_choice}
@@ -325,6 +395,46 @@ def test_a_message_is_continued(url: str) -> None:
     # as llama.cpp does it: the whole message at once has the words that were given, the deltas have not
     assert whole.content == "Yes, and " + streamed.content
     assert streamed.content
+
+
+CONTINUED: dict[str, Any] = {"continue_final_message": True, "add_generation_prompt": False}
+
+
+@pytest.mark.parametrize("begun", ["{", '{"side', '{"side": ', '{"side": "le'])
+@pytest.mark.parametrize("wanted", FORMATS, ids=["json_schema", "json_object", "llama.cpp"])
+def test_json_that_was_begun_is_continued(url: str, wanted: dict[str, Any], begun: str) -> None:
+    history = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": begun}]
+    message = message_of(ask(url, history, **CONTINUED, **wanted))
+    assert message.content.startswith(begun)
+    assert json.loads(message.content)["side"] in ("left", "right")
+    assert begun + stream(url, history, **CONTINUED, **wanted)[0].content == message.content
+
+
+@pytest.mark.parametrize(
+    ("begun", "content"),
+    [("I turn.", "I turn."), ("I turn. ", "I turn. "), ("<tool_calls>", ""), ('<tool_calls>[{"name": "tu', "")],
+)
+def test_a_call_that_is_required_of_a_begun_answer(url: str, begun: str, content: str) -> None:
+    history = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": begun}]
+    more = {"tools": [SHORT], "tool_choice": "required", "parallel_tool_calls": False}
+    message = message_of(ask(url, history, **CONTINUED, **more))
+    assert [call.name for call in message.calls] == ["turn"]
+    assert message.content == content
+
+
+@pytest.mark.parametrize("flood", [" ", "\t", "\n", "\n ", "\u3000"])
+def test_a_flood_of_spaces_with_tools(tmp_path: Path, flood: str) -> None:
+    """Each is one of the vocabulary's tokens, and a model may fall into repeating it."""
+    piece = flood * 128
+    scripts = [Script([piece], then=piece)]
+    with serve(
+        ServerOptions(write_scripted(tmp_path / "m.gguf", scripts, template=fallback()), port=0, threads=1)
+    ) as endpoint:
+        for more in ({"tools": [SHORT]}, {"tools": [SHORT], "chat_template_kwargs": {"enable_thinking": False}}):
+            answer = ask(endpoint.url, "hi", **more, max_tokens=1000)
+            assert answer["choices"][0]["finish_reason"] == "length"
+            assert message_of(answer).calls == ()
+        assert httpx.get(f"{endpoint.url}/health", timeout=TIMEOUT).status_code == httpx.codes.OK
 
 
 @pytest.fixture(scope="module", params=["fallback", pytest.param("vendor", marks=pytest.mark.data)])
