@@ -32,7 +32,9 @@ struct hymoe_router {
 
 // Reads <arch>.router.mode, .min_experts and .threshold, or what overrides them; a file without them has "topk".
 // Throws std::runtime_error with key and value where one has a wrong type, is unknown or out of range.
-hymoe_router hymoe_router_load(const llama_model_loader & ml, uint32_t n_expert_used);
+// Layers have least_used to most_used experts per token. Where that is 1 in all of them the mode is "topk" whatever is asked
+// for, and min_experts is not looked at.
+hymoe_router hymoe_router_load(const llama_model_loader & ml, uint32_t least_used, uint32_t most_used);
 
 // Why a batch cannot be routed as one forward of one sequence, or an empty string where it can or need not be.
 // With "capacity" the tokens that begin a sequence are its prompt: they come in a batch of their own and fit one

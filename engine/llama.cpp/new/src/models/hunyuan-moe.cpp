@@ -183,13 +183,15 @@ void llama_model_hunyuan_moe::load_arch_hparams(llama_model_loader & ml) {
         throw std::runtime_error(format("%s.attention.layer_norm_rms_epsilon is %g: expected 0 or more", llm_arch_name(arch), hparams.f_norm_rms_eps));
     }
     uint32_t least_used = hparams.n_expert;
+    uint32_t most_used  = 1;
     for (uint32_t il = 0; il < hparams.n_layer_all; ++il) {
         least_used = std::min(least_used, hparams.n_expert_used(il));
+        most_used  = std::max(most_used,  hparams.n_expert_used(il));
         hunyuan_moe_require(arch, { LLM_KV_EXPERT_USED_COUNT,          hparams.n_expert_used(il), 1, hparams.n_expert });
         hunyuan_moe_require(arch, { LLM_KV_EXPERT_FEED_FORWARD_LENGTH, hparams.n_ff_exp(il),      1, any              });
     }
 
-    hparams.router = hymoe_router_load(ml, least_used);
+    hparams.router = hymoe_router_load(ml, least_used, most_used);
 
     type = hparams.n_layer() == 32 ? LLM_TYPE_A13B : LLM_TYPE_UNKNOWN;
 }

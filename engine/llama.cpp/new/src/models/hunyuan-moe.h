@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "hymoe-router.h"
+#include "hymoe-routed-ffn.h"
 #include "models.h"
 
 struct hunyuan_moe_graph : public llm_graph_context {

@@ -26,8 +26,8 @@ public:
         int32_t n_expert;
         int32_t n_used;       // experts per token before any is dropped
         bool    outputs_only; // the layer sees only the tokens whose output is asked for
-        bool    skip;         // with -1, which reads nothing; else with an expert that is read anyway, weighted 0
-        bool    repeat;       // that may be one of the same token's
+        bool    skip;         // with -1, which reads nothing; else with an expert weighted 0 that another token keeps
+        bool    repeat;       // a single token's may be its own first choice; else its dropped experts' weights are read
     };
 
     // -- written while the graph is built
