@@ -171,7 +171,9 @@ def test_a_budget_and_a_thought_that_was_begun(dawdler: str, begun: str, budget:
 def test_a_budget_and_a_call_that_a_thought_quotes(tmp_path: Path) -> None:
     """Without tools it is no call, and the thought goes on."""
     book = Book()
-    book.add("", f'<think>\nSay\n<tool_calls>[{{"name": "f", "arguments": {{}}}}]</tool_calls>\n{LONG_THOUGHT}', circle=16)
+    book.add(
+        "", f'<think>\nSay\n<tool_calls>[{{"name": "f", "arguments": {{}}}}]</tool_calls>\n{LONG_THOUGHT}', circle=16
+    )
     book.add("", "Done.\n</answer>", closed=True)
     with serve(ServerOptions(book.write(tmp_path / "m.gguf", fallback()), port=0, threads=1)) as endpoint:
         for budget in (5, 20, 40, 80):
@@ -422,18 +424,16 @@ def test_a_call_that_is_required_of_a_begun_answer(url: str, begun: str, content
     assert message.content == content
 
 
-@pytest.mark.parametrize("flood", [" ", "\t", "\n", "\n ", "\u3000"])
+@pytest.mark.parametrize("flood", [" ", "\t", "\n", "\n "])
 def test_a_flood_of_spaces_with_tools(tmp_path: Path, flood: str) -> None:
-    """Each is one of the vocabulary's tokens, and a model may fall into repeating it."""
-    piece = flood * 128
-    scripts = [Script([piece], then=piece)]
+    """Runs of spaces are tokens of the vocabulary, and a model may fall into repeating one."""
+    scripts = [Script([flood * (128 // len(flood))], then=flood * (128 // len(flood)))]
     with serve(
         ServerOptions(write_scripted(tmp_path / "m.gguf", scripts, template=fallback()), port=0, threads=1)
     ) as endpoint:
-        for more in ({"tools": [SHORT]}, {"tools": [SHORT], "chat_template_kwargs": {"enable_thinking": False}}):
-            answer = ask(endpoint.url, "hi", **more, max_tokens=1000)
-            assert answer["choices"][0]["finish_reason"] == "length"
-            assert message_of(answer).calls == ()
+        answer = ask(endpoint.url, "hi", tools=[SHORT], max_tokens=600)
+        assert answer["choices"][0]["finish_reason"] == "length"
+        assert message_of(answer).calls == ()
         assert httpx.get(f"{endpoint.url}/health", timeout=TIMEOUT).status_code == httpx.codes.OK
 
 
