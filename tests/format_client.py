@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 from format_reader import Message
-from format_shapes import FAST, Call, Shape
+from format_shapes import Call, Shape
 from scripted_model import NEWLINE, START, Script, cut, write_scripted
 
 SIZES = (4, 5, 6, 7, 9, 3)  # of pieces, in characters
@@ -54,11 +54,11 @@ def books(shapes: Iterable[Shape]) -> Iterator[tuple[Book, dict[str, Shape]]]:
         try:
             if len(words) == PER_MODEL:
                 raise ValueError
-            book.add(word, shape.text, closed=shape.begun == FAST)
+            book.add(word, shape.text, closed=bool(shape.begun))
         except ValueError:  # it is full, or the shape shares too much with those before it
             yield book, words
             book, words = Book(), {}
-            book.add(word, shape.text, closed=shape.begun == FAST)
+            book.add(word, shape.text, closed=bool(shape.begun))
         words[word] = shape
     yield book, words
 
