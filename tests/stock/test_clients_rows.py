@@ -9,11 +9,11 @@ import httpx
 import pytest
 from clients_rows import ROWS, WRONG
 from format_rows import vendor_template
+from stock.conftest import Direct
 from talker import write_talker
 from terminal import TIMEOUT
 
 from hymoe.runtime.server import ServerOptions, serve
-from stock.conftest import Direct
 
 pytestmark = [pytest.mark.stock, pytest.mark.engine, pytest.mark.data]
 
