@@ -220,15 +220,14 @@ def test_published_config(data: Path, tmp_path: Path) -> None:
 
 def test_template_file_wins_and_pretrain_gets_ours(mini: Path, tmp_path: Path) -> None:
     from hymoe import chat_templates
-    from hymoe.convert.metadata import template
-    from hymoe.convert.metadata import vendors_template as chat_template
+    from hymoe.convert.metadata import template, vendors_template
 
-    assert chat_template(tmp_path) is None
+    assert vendors_template(tmp_path) is None
     assert next(template(None, keep=False)).value == chat_templates.fallback()
     (tmp_path / "tokenizer_config.json").write_text('{"chat_template": [{"name": "default", "template": "A"}]}')
-    assert chat_template(tmp_path) == "A"
+    assert vendors_template(tmp_path) == "A"
     (tmp_path / "chat_template.jinja").write_bytes("{{ '你好' }}\r\n\n".encode())
-    assert chat_template(tmp_path) == "{{ '你好' }}\r\n\n"
+    assert vendors_template(tmp_path) == "{{ '你好' }}\r\n\n"
 
 
 def test_dropped_lm_head(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from clients_rows import ADD, HELLO, JSON_PATHS, ROWS, clock, post, refused
+from clients_rows import ADD, HELLO, JSON_PATHS, ROWS, WRONG, clock, post, refused
 from scripted_model import VENDOR_SAMPLING
 from talker import HELLO as SAID
 from talker import write_talker
@@ -73,6 +73,13 @@ def serving(model: Path, **options: Any) -> Iterator[httpx.Client]:
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 def test_rows(vendors: httpx.Client, row: Callable[[httpx.Client], None]) -> None:
     row(vendors)
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("row", WRONG)
+def test_wrong_requests_are_refused(vendors: httpx.Client, row: str) -> None:
+    for wrong in WRONG[row]:
+        refused(wrong.send(vendors), wrong.words)
 
 
 def test_requests_that_are_wrong_otherwise(client: httpx.Client) -> None:

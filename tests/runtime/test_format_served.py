@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from format_client import TIMEOUT, Book, ask, function, message_of, stream
+from format_client import TIMEOUT, Book, ask, books, function, message_of, stream
 from format_reader import Message
 from format_rows import ROWS, vendor_template, write_model
 from format_shapes import FAST, SHAPES, Call, Shape
@@ -24,6 +24,10 @@ pytestmark = pytest.mark.engine
 
 WEATHER = function("get_weather", city={"type": "string"}, days={"type": "integer"})
 CLOCK = function("get_time", zone={"type": "string"})
+# Functions whose arguments may be anything.
+ANYTHING = [{"type": "function", "function": {"name": name, "parameters": {"type": "object"}}} for name in "fg"]
+STRICT = function("f", x={"enum": ["ab", "cd"]})
+OPENED = "<think>\n"
 # With these a grammar leaves a model little to say.
 SHORT = function("turn", side={"enum": ["left", "right"]})
 OTHER = function("halt", at={"enum": ["once", "noon"]})
@@ -34,42 +38,55 @@ LONG_THOUGHT = "one two three four five six seven eight nine ten 十一 十二 �
 THINK, ANSWER = "<think>\nHm.\n</think>\n", "<answer>\nYes.\n</answer>"
 
 
-def plain_shapes() -> list[Shape]:
-    """Shapes that a server can be made to say: no call, so no grammar meddles."""
-    unbegun = [shape for shape in SHAPES if not shape.calls and shape.begun in ("", FAST)]
-    return [shape for shape in unbegun if shape.mode != "tools" or "{" not in shape.text]
+# What begins the output -> the template that puts it there.
+TEMPLATES = {"": fallback(), FAST: fallback(), OPENED: fallback() + "{{- '<think>\\n' if add_generation_prompt -}}"}
 
 
-def models(folder: Path, shapes: list[Shape]) -> Iterator[tuple[Path, dict[str, Shape]]]:
-    """Pack shapes into as few models as will hold them; a shape is asked for by its word."""
-    book, words = Book(), dict[str, Shape]()
-    for number, shape in enumerate(shapes):
-        word = f"shape{number};"
-        try:
-            if len(words) == 15:
-                raise ValueError
-            book.add(word, shape.text, closed=shape.begun == FAST)
-        except ValueError:
-            yield book.write(folder / f"{number}.gguf", fallback()), words
-            book, words = Book(), {}
-            book.add(word, shape.text, closed=shape.begun == FAST)
-        words[word] = shape
-    yield book.write(folder / "last.gguf", fallback()), words
+def fields_of(shape: Shape) -> dict[str, Any]:
+    more: dict[str, Any] = {} if shape.mode == "plain" else {**PARALLEL, "tools": [WEATHER, CLOCK, *ANYTHING]}
+    more |= {"tool_choice": "none"} if shape.mode == "no_calls" else {}
+    return more | ({"chat_template_kwargs": {"enable_thinking": False}} if shape.begun == FAST else {})
 
 
-def test_every_shape_whole_and_streamed(tmp_path: Path) -> None:
+def check_shape(url: str, word: str, shape: Shape) -> None:
+    """The recorded message, whole and streamed."""
+    expected, more = Message(shape.reasoning, shape.content, shape.calls), fields_of(shape)
+    assert message_of(ask(url, word, **more)) == expected, shape
+    assert stream(url, word, **more)[0] == expected, shape
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_every_shape_whole_and_streamed(tmp_path: Path, opened: bool) -> None:
+    shapes = [shape for shape in SHAPES if (shape.begun == OPENED) == opened and not shape.grammar]
     seen = 0
-    for model, words in models(tmp_path, plain_shapes()):
+    for number, (book, words) in enumerate(books(shapes)):
+        model = book.write(tmp_path / f"{number}.gguf", TEMPLATES[shapes[0].begun])
         with serve(ServerOptions(model, port=0, threads=1)) as endpoint:
             for word, shape in words.items():
-                more: dict[str, Any] = {} if shape.mode == "plain" else {"tools": [WEATHER]}
-                more |= {"tool_choice": "none"} if shape.mode == "no_calls" else {}
-                more |= {"chat_template_kwargs": {"enable_thinking": False}} if shape.begun == FAST else {}
-                expected = Message(shape.reasoning, shape.content, ())
-                assert message_of(ask(endpoint.url, word, **more)) == expected, shape
-                assert stream(endpoint.url, word, **more)[0] == expected, shape
+                check_shape(endpoint.url, word, shape)
                 seen += 1
-    assert seen == len(plain_shapes()) > 30
+    assert seen == len(shapes)
+
+
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape.grammar], ids=str)
+def test_a_shape_that_the_grammar_mends(tmp_path: Path, shape: Shape) -> None:
+    """A model that would write it makes the call that its tool allows."""
+    ((book, words),) = books([shape])
+    more = {"tools": [STRICT], "parallel_tool_calls": False}
+    with serve(ServerOptions(book.write(tmp_path / "m.gguf", fallback()), port=0, threads=1)) as endpoint:
+        (word,) = words
+        message = message_of(ask(endpoint.url, word, **more))
+        assert stream(endpoint.url, word, **more)[0] == message
+    assert (message.reasoning, message.content) == (shape.reasoning, "")
+    (call,) = message.calls
+    assert call.name == "f"
+    assert json.loads(call.arguments) in [{"x": "ab"}, {"x": "cd"}]
+
+
+def test_no_shape_is_left_out() -> None:
+    """Those above are all: each has a template, and what the grammar mends is a call."""
+    assert {shape.begun for shape in SHAPES} == set(TEMPLATES)
+    assert all(shape.mode == "tools" and not shape.begun for shape in SHAPES if shape.grammar)
 
 
 @pytest.fixture(scope="module")
