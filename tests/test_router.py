@@ -13,7 +13,7 @@ from engine_eval import EngineRunError, evaluate
 from gguf import GGUFReader
 from numpy.typing import NDArray
 from reference import Adaptive, Gating
-from router_cases import NARROW, WIDE, Case, Clear, Shape, clear, close_tokens, models, overrides
+from router_cases import NARROW, WIDE, Case, Shape, clear, close_tokens, models, overrides
 
 from hymoe import engine
 

@@ -25,7 +25,7 @@ from hymoe.runtime.server import ServerExitError, ServerOptions, serve
 pytestmark = pytest.mark.engine
 
 TIMEOUT = 300.0
-MAX_FLOOD = 200  # prompts of each client: an end for an answer that gets no turn
+MAX_FLOOD = 40  # prompts of each client: an end for an answer that gets no turn
 N_SLOTS = 4
 F32_BOUND = 1e-9
 EXACT = ("--flash-attn", "off", "--cache-type-k", "f32", "--cache-type-v", "f32", "--parallel", str(N_SLOTS))
@@ -113,14 +113,16 @@ def check_with_others_busy(
 
 def test_a_flood_of_prompts_stops_no_answer(made: dict[Shape, tuple[Path, Path]]) -> None:
     """In the mode capacity each prompt is a turn of its own; the slot that generates has every second turn."""
-    ids = Case(WIDE, 64, "capacity").ids
+    ids = Case(WIDE, 500, "capacity").ids
     stop = threading.Event()
     n_prompts = [0] * (2 * N_SLOTS)  # some always wait
 
     def flood(number: int) -> None:
-        while not stop.is_set() and n_prompts[number] < MAX_FLOOD:
-            assert complete(endpoint, ids).status_code == httpx.codes.OK
-            n_prompts[number] += 1
+        body = {"prompt": ids, "n_predict": 1}
+        with httpx.Client(base_url=endpoint.url, trust_env=False, timeout=TIMEOUT) as client:
+            while not stop.is_set() and n_prompts[number] < MAX_FLOOD:
+                assert client.post("/completion", json=body).status_code == httpx.codes.OK
+                n_prompts[number] += 1
 
     with running(made[WIDE][1], Router("capacity")) as endpoint, ThreadPoolExecutor(len(n_prompts)) as pool:
         clients = [pool.submit(flood, number) for number in range(len(n_prompts))]
