@@ -183,6 +183,18 @@ def test_a_prompt_in_pieces_is_refused(made: Models) -> None:
         evaluate(made[WIDE][1], [ids], n_ubatch=63, overrides=overrides("capacity"))
 
 
+def test_a_prompt_that_begins_later_is_refused(made: Models) -> None:
+    ids = Case(WIDE, 8, "capacity").ids
+    with pytest.raises(EngineRunError, match="the prompt of sequence 0 begins at position 3: expected 0"):
+        evaluate(made[WIDE][1], [ids], first_pos=3, overrides=overrides("capacity"))
+
+
+def test_a_prompt_of_two_sequences_is_refused(made: Models) -> None:
+    ids = Case(WIDE, 8, "capacity").ids
+    with pytest.raises(EngineRunError, match="a token of 2 sequences among 8 tokens"):
+        evaluate(made[WIDE][1], [ids], n_seq=2, overrides=overrides("capacity"))
+
+
 def collected(model: Path, out: Path, text: Path, *arguments: str) -> dict[str, NDArray[np.float32]]:
     """Run llama-imatrix and give what it wrote."""
     tool = engine.find().tool("llama-imatrix")
