@@ -269,7 +269,18 @@ def test_an_unknown_router_mode_is_refused(large: Case) -> None:
 
 
 def test_tensors_are_not_split(large: Case) -> None:
-    command = [engine.find().tool("llama-bench"), "-m", large.gguf, "-sm", "tensor", "-p", "1", "-t", "1", "-v"]
+    command: list[str | Path] = [
+        engine.find().tool("llama-bench"),
+        "-m",
+        large.gguf,
+        "-sm",
+        "tensor",
+        "-p",
+        "1",
+        "-t",
+        "1",
+        "-v",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, timeout=TIMEOUT)
     assert done.returncode
     assert "LLAMA_SPLIT_MODE_TENSOR not implemented for architecture 'hunyuan-large'" in done.stdout + done.stderr
