@@ -23,7 +23,7 @@ pytestmark = pytest.mark.engine
 F32_BOUND = 1e-9
 # Flash attention rounds K and V to F16: 4e-6 here at most where no choice turns over.
 FLASH_BOUND = 1e-5
-# It has turned over only choices that were closer than this. Up to the first of them the bound holds everywhere.
+# Up to the first choice that is closer than this the bound holds on every prompt.
 FLASH_MARGIN = 1e-4
 # One choice turned over costs this much, as a mean over a prompt: 3e-3 here at most.
 FLIPPED_BOUND = 1e-2
