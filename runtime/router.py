@@ -26,11 +26,24 @@ _METRIC: Final = re.compile(r"^llamacpp:experts_used_per_token (\S+)$", re.MULTI
 
 @dataclass(frozen=True)
 class Router:
-    """A router mode. `minimum` experts are kept, and further ones with p >= threshold * p_max; None: the file's."""
+    """A router mode. `minimum` experts are kept, and further ones with p >= threshold * p_max; None: the file's.
+
+    Raises ServerError for one number without the other, and for numbers with another mode than adaptive.
+    """
 
     mode: Mode
     minimum: int | None = None
     threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        given = [number is not None for number in (self.minimum, self.threshold)]
+        if any(given) and (self.mode != "adaptive" or not all(given)):
+            raise ServerError(
+                "router",
+                got=f"mode {self.mode}, minimum {self.minimum}, threshold {self.threshold}",
+                expected="minimum and threshold together, with the mode adaptive, or neither",
+                fix="such as Router('adaptive', 4, 0.1)",
+            )
 
     def __str__(self) -> str:
         """Give what `parse` reads."""
@@ -64,7 +77,9 @@ def engine_arguments(router: Router | None, header: Header, n_ctx: int) -> list[
         overrides["threshold"] = f"float:{router.threshold!r}"
     arguments = [word for key, value in overrides.items() for word in ("--override-kv", f"{prefix}.{key}={value}")]
     mode = router.mode if router is not None else header.scalars.get(f"{prefix}.mode")
-    return arguments + (_whole_prompts(n_ctx) if mode == "capacity" else [])
+    # with one expert per token there is nothing to drop: the engine runs topk, which needs no whole prompts
+    drops = header.scalars.get(f"{header.architecture}.expert_used_count") != 1
+    return arguments + (_whole_prompts(n_ctx) if mode == "capacity" and drops else [])
 
 
 def mean_experts(endpoint: Endpoint) -> float | None:

@@ -44,6 +44,8 @@ def evaluate(
     n_threads: int = N_THREADS,
     n_ubatch: int = 512,
     n_prompt: int = 0,
+    first_pos: int = 0,
+    n_seq: int = 1,
     repack: bool = True,
     watched: bool = False,
     overrides: Mapping[str, str] | None = None,
@@ -51,12 +53,13 @@ def evaluate(
     """Give the logits [n_tokens, n_vocab] of each prompt, each evaluated in an empty context.
 
     `engine` is a folder of libraries (None: the one hymoe finds). Tokens from `n_prompt` on, where it is not 0, are
-    decoded one by one. `watched`: a callback is told of every operation, as when an imatrix is collected. `overrides`
-    are metadata keys as llama.cpp's --override-kv writes them, "type:value". Raises EngineRunError where the process
-    fails.
+    decoded one by one. The first token is at `first_pos`, and every token belongs to `n_seq` sequences. `watched`:
+    a callback is told of every operation, as when an imatrix is collected. `overrides` are metadata keys as
+    llama.cpp's --override-kv writes them, "type:value". Raises EngineRunError where the process fails.
     """
     options = [f"--flash-attn={'on' if flash_attn else 'off'}", f"--kv={kv}", f"--n-threads={n_threads}"]
     options += [f"--n-ubatch={n_ubatch}", f"--repack={'on' if repack else 'off'}"]
+    options += [f"--first-pos={first_pos}", f"--n-seq={n_seq}"]
     options += [f"--n-prompt={n_prompt}", *(["--watched"] if watched else [])]
     options += [f"--override={key}={value}" for key, value in (overrides or {}).items()]
     with tempfile.TemporaryDirectory() as folder:
@@ -112,6 +115,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--n-threads", type=int, default=N_THREADS)
     parser.add_argument("--n-ubatch", type=int, default=512)
     parser.add_argument("--n-prompt", type=int, default=0)
+    parser.add_argument("--first-pos", type=int, default=0)
+    parser.add_argument("--n-seq", type=int, default=1)
     parser.add_argument("--watched", action="store_true")
     parser.add_argument("--repack", choices=["on", "off"], default="on")
     parser.add_argument("--override", action="append", default=[], metavar="KEY=TYPE:VALUE")
@@ -155,6 +160,7 @@ def _logits(llama: Any, model: Any, prompts: list[list[int]], options: argparse.
     n_vocab = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
     params = llama.llama_context_default_params()
     params.n_ctx = params.n_batch = longest
+    params.n_seq_max, params.kv_unified = options.n_seq, options.n_seq > 1
     params.n_ubatch = min(options.n_ubatch, longest)
     params.n_threads = params.n_threads_batch = options.n_threads
     params.type_k = params.type_v = KV_TYPES[options.kv]
@@ -165,7 +171,7 @@ def _logits(llama: Any, model: Any, prompts: list[list[int]], options: argparse.
     context = llama.llama_init_from_model(model, params)
     if not context:
         raise SystemExit("no context")
-    batch = llama.llama_batch_init(longest, 0, 1)
+    batch = llama.llama_batch_init(longest, 0, options.n_seq)
     found = []
     for ids in prompts:
         llama.llama_memory_clear(llama.llama_get_memory(context), True)
@@ -174,18 +180,19 @@ def _logits(llama: Any, model: Any, prompts: list[list[int]], options: argparse.
         starts = [0, *range(n_first, len(ids))]
         rows = []
         for piece, start in zip(pieces, starts, strict=True):
-            _decode(llama, context, batch, piece, start)
+            _decode(llama, context, batch, piece, options.first_pos + start, n_seq=options.n_seq)
             flat = np.ctypeslib.as_array(llama.llama_get_logits(context), (len(piece) * n_vocab,))
             rows.append(flat.reshape(len(piece), n_vocab).copy())
         found.append(np.concatenate(rows))
     return found
 
 
-def _decode(llama: Any, context: Any, batch: Any, ids: list[int], start: int) -> None:
+def _decode(llama: Any, context: Any, batch: Any, ids: list[int], start: int, *, n_seq: int) -> None:
     batch.n_tokens = len(ids)
     for i, token in enumerate(ids):
-        batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, start + i, 1, True
-        batch.seq_id[i][0] = 0
+        batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, start + i, n_seq, True
+        for seq in range(n_seq):
+            batch.seq_id[i][seq] = seq
     if status := llama.llama_decode(context, batch):
         raise SystemExit(f"llama_decode gave {status} for {len(ids)} tokens")
 

@@ -25,11 +25,6 @@ class Forward(NamedTuple):
     margin: float
 
 
-def logits(folder: Path, ids: Sequence[int]) -> Array:
-    """Logits [T, n_vocab] of all positions of one prompt `ids`."""
-    return forward(folder, ids).logits
-
-
 def forward(folder: Path, ids: Sequence[int]) -> Forward:
     """One prompt `ids`, as published: with one expert its raw probability weighs it, more are normalised."""
     settings, weights, factor = read_settings(folder), read_safetensors(folder), sharing(folder)

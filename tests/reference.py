@@ -178,25 +178,24 @@ def weigh(p: Array, chosen: NDArray[np.int64], gating: Gating) -> Array:
     return weight
 
 
-def close_calls(p: Array, n_used: int, gating: Gating, margin: float) -> int:
-    """Count decisions of the router that a change of `margin` in a probability could turn over, [T, E] given.
+def close_calls(p: Array, n_used: int, gating: Gating, margin: float) -> NDArray[np.bool_]:
+    """Mark the tokens [T] with a decision that a change of `margin` in a probability [T, E] could turn over.
 
-    Two experts of neighbouring ranks that are closer than that count only where exchanging them changes anybody's
-    weights by more than they differ themselves.
+    Two experts of neighbouring ranks that are closer than `margin` count only where exchanging them changes some
+    token's weight by more than n_used * margin: less is no decision, but about what the change itself does to weights.
     """
     order = np.argsort(-p, axis=-1, kind="stable")
     ranked = np.take_along_axis(p, order, axis=-1)
-    chosen = order[:, :n_used]
-    weight = weigh(p, chosen, gating)
-    found = 0
+    weight = weigh(p, order[:, :n_used], gating)
+    close = np.zeros(len(p), bool)
     for t, r in np.argwhere(-np.diff(ranked[:, : n_used + 1], axis=-1) < margin):
         other = order.copy()
         other[t, [r, r + 1]] = other[t, [r + 1, r]]
-        found += bool(np.abs(weigh(p, other[:, :n_used], gating) - weight).max() > n_used * margin)
+        close[t] |= np.abs(weigh(p, other[:, :n_used], gating) - weight).max() > n_used * margin
     if isinstance(gating, Adaptive):
         rest = ranked[:, gating.minimum : n_used]
-        found += int((np.abs(rest - gating.threshold * ranked[:, :1]) < margin).sum())
-    return found
+        close |= (np.abs(rest - gating.threshold * ranked[:, :1]) < margin).any(axis=-1)
+    return close
 
 
 def read_settings(folder: Path) -> Settings:

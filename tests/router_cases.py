@@ -1,12 +1,16 @@
-"""Miniatures and prompts on which no decision of the router is close, and metadata that chooses its mode."""
+"""Miniatures, prompts on which no decision of the router is close, and metadata that chooses its mode."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import reference
+from numpy.typing import NDArray
 from reference import Adaptive, Array, Gating
 
 from hymoe.convert.convert import ConvertOptions, convert
@@ -19,11 +23,12 @@ NARROW: Shape = (16, 4)
 N_VOCAB = 1790
 # Decisions of a float32 router differ from those of float64 below about 1e-7.
 MARGIN = 1e-6
+MAX_SEEDS = 30
 
 
 @dataclass(frozen=True)
 class Case:
-    """One prompt of `n_tokens` random tokens for a model of `shape`; `seed` is the first whose routing is clear."""
+    """A prompt of `n_tokens` random tokens for a model of `shape`."""
 
     shape: Shape
     n_tokens: int
@@ -54,13 +59,34 @@ def models(folder: Path) -> dict[Shape, tuple[Path, Path]]:
     return made
 
 
-def wanted(checkpoint: Path, case: Case, n_prompt: int | None = None) -> Array:
-    """Give the reference's logits [T, n_vocab]; a prompt with a close decision is an error of the test's."""
-    probabilities: list[Array] = []
-    logits = reference.logits(checkpoint, case.ids, gating=case.gating, n_prompt=n_prompt, probabilities=probabilities)
-    for p in probabilities:
-        assert not reference.close_calls(p[:n_prompt], case.shape[1], case.gating, MARGIN), "choose another seed"
-    return logits
+class Clear(NamedTuple):
+    """A prompt, and what the reference says: logits [T, n_vocab], and p [T, n_expert] of each layer's router."""
+
+    ids: list[int]
+    logits: Array
+    probabilities: list[Array]
+
+
+@cache
+def clear(checkpoint: Path, case: Case, n_prompt: int | None = None) -> Clear:
+    """Take the first seed, from the case's own on, whose prompt leaves the reference's router no close decision.
+
+    From token `n_prompt` on the tokens were decoded one by one.
+    """
+    for seed in range(case.seed, case.seed + MAX_SEEDS):
+        ids = replace(case, seed=seed).ids
+        probabilities: list[Array] = []
+        logits = reference.logits(checkpoint, ids, gating=case.gating, n_prompt=n_prompt, probabilities=probabilities)
+        if not close_tokens([p[:n_prompt] for p in probabilities], case, MARGIN).any():
+            return Clear(ids, logits, probabilities)
+    raise AssertionError(f"{case}: every prompt has a close decision")
+
+
+def close_tokens(probabilities: Sequence[Array], case: Case, margin: float) -> NDArray[np.bool_]:
+    """Mark the tokens [T] that have a close decision in some layer."""
+    calls = [reference.close_calls(p, case.shape[1], case.gating, margin) for p in probabilities]
+    result: NDArray[np.bool_] = np.any(calls, axis=0)
+    return result
 
 
 def overrides(gating: Gating) -> dict[str, str]:

@@ -23,6 +23,7 @@ from hymoe import engine
 from hymoe.convert.convert import ConvertOptions, convert
 from hymoe.runtime.chat_cli import main as chat
 from hymoe.runtime.endpoint import Endpoint
+from hymoe.runtime.router import Router
 from hymoe.runtime.server import ServerExitError, ServerOptions, serve
 
 pytestmark = pytest.mark.engine
@@ -245,6 +246,44 @@ def kv_mib(gguf: Path, log: Path) -> float:
         pass
     sizes = re.findall(r"llama_kv_cache: size = +([\d.]+) MiB \( *4096 cells", log.read_text("utf-8", "replace"))
     return float(sizes[-1])
+
+
+@pytest.mark.parametrize("router", [Router("adaptive", 4, 0.1), Router("capacity")], ids=str)
+def test_every_router_mode_is_topk(large: Case, router: Router) -> None:
+    """One expert per token leaves nothing to drop: no number of experts is refused, and no prompt for its length."""
+    with serve(ServerOptions(large.gguf, port=0, ctx=1024, threads=1)) as endpoint:
+        wanted = complete(endpoint, large.ids)["tokens"]
+    extra = ("--ubatch-size", "32")
+    with serve(ServerOptions(large.gguf, port=0, ctx=1024, threads=1, router=router, extra=extra)) as endpoint:
+        assert complete(endpoint, large.ids, id_slot=0)["tokens"] == wanted
+        again = complete(endpoint, large.ids, id_slot=0, expert_usage=True)
+    assert again["timings"]["expert_usage"]["mode"] == "topk"
+    assert again["timings"]["cache_n"] > 0
+
+
+def test_an_unknown_router_mode_is_refused(large: Case) -> None:
+    with pytest.raises(
+        EngineRunError, match=r'hunyuan-large.router.mode is "topp": expected topk, capacity or adaptive'
+    ):
+        evaluate(large.gguf, [[1]], overrides={"hunyuan-large.router.mode": "str:topp"})
+
+
+def test_tensors_are_not_split(large: Case) -> None:
+    command: list[str | Path] = [
+        engine.find().tool("llama-bench"),
+        "-m",
+        large.gguf,
+        "-sm",
+        "tensor",
+        "-p",
+        "1",
+        "-t",
+        "1",
+        "-v",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, timeout=TIMEOUT)
+    assert done.returncode
+    assert "LLAMA_SPLIT_MODE_TENSOR not implemented for architecture 'hunyuan-large'" in done.stdout + done.stderr
 
 
 def test_half_the_cache(tmp_path: Path) -> None:

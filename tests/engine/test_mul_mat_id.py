@@ -24,6 +24,9 @@ pytestmark = pytest.mark.engine
 N_IN, N_OUT, N_EXPERT, N_USED = 256, 64, 6, 4
 F32, I32 = 0, 26
 N_THREADS = 3
+# Of the largest answer: how kernels may differ that sum in another order, or round the activations as the type does.
+TOLERANCE = {Type.F32: 1e-5, Type.F16: 1e-3, Type.BF16: 1e-2}
+Q8_TOLERANCE = 1e-2  # block types take activations of 8 bits
 KINDS = (Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q6_K, Type.Q4_K, Type.Q4_0, Type.IQ4_NL)
 
 
@@ -153,14 +156,14 @@ def test_skipped_slots(kind: Type, n_tokens: int, repacked: bool, own_rows: bool
     ids = np.array([random.permutation(N_EXPERT - 1)[:N_USED] for _ in range(n_tokens)], np.int32)
     whole = multiply(encoded(weights, kind), kind, x, ids, buffer)
     dropped = random.random(ids.shape) < 0.4
-    dropped[0, 0], dropped[-1, -1] = True, True
+    dropped[0, 0], dropped[-1, -1], dropped[0, 1] = True, True, False
     # what nobody asks for may be anything: the last expert, and every one that only dropped slots name
     weights[np.setdiff1d(np.arange(N_EXPERT), ids[~dropped])] = np.nan
     got = multiply(encoded(weights, kind), kind, x, np.where(dropped, -1, ids).astype(np.int32), buffer)
     assert not got[dropped].any()
     assert np.isfinite(got).all()
     # rows of an expert may go through another kernel when they are fewer
-    assert np.allclose(got[~dropped], whole[~dropped], rtol=0, atol=2e-2 * np.abs(whole).max())
+    assert np.abs(got - whole)[~dropped].max() <= TOLERANCE.get(kind, Q8_TOLERANCE) * np.abs(whole).max()
     if n_tokens == 1:
         assert got[~dropped].tobytes() == whole[~dropped].tobytes()
 

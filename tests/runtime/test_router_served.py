@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,16 +15,17 @@ import numpy as np
 import pytest
 import reference
 from reference import Adaptive
-from router_cases import NARROW, WIDE, Case, Shape, models, wanted
+from router_cases import N_VOCAB, NARROW, WIDE, Case, Shape, clear, models
 
 from hymoe.errors import ServerError
 from hymoe.runtime.endpoint import Endpoint
-from hymoe.runtime.router import Router, mean_experts, parse
+from hymoe.runtime.router import Mode, Router, mean_experts, parse
 from hymoe.runtime.server import ServerExitError, ServerOptions, serve
 
 pytestmark = pytest.mark.engine
 
 TIMEOUT = 300.0
+MAX_FLOOD = 40  # prompts of each client: an end for an answer that gets no turn
 N_SLOTS = 4
 F32_BOUND = 1e-9
 EXACT = ("--flash-attn", "off", "--cache-type-k", "f32", "--cache-type-v", "f32", "--parallel", str(N_SLOTS))
@@ -57,43 +60,82 @@ def next_logits(endpoint: Endpoint, ids: list[int], n_vocab: int) -> reference.A
 
 
 @contextmanager
-def busy(endpoint: Endpoint, n_clients: int = N_SLOTS - 1) -> Iterator[None]:
-    """Keep other slots at work for the length of a block: prompts of many sizes, and answers to them."""
+def busy(endpoint: Endpoint, n_clients: int = N_SLOTS - 1) -> Iterator[list[int]]:
+    """Keep other slots at work for the length of a block; gives how many answers each of the clients has had so far."""
     stop = threading.Event()
-    begun = threading.Barrier(n_clients + 1)
+    n_answers = [0] * n_clients
 
     def work(number: int) -> None:
         random = np.random.default_rng(100 + number)
-        first = True
         while not stop.is_set():
-            ids = [int(token) for token in random.integers(0, 1790, int(random.integers(2, 90)))]
-            if first:
-                begun.wait(TIMEOUT)
-                first = False
+            ids = [int(token) for token in random.integers(0, N_VOCAB, int(random.integers(2, 90)))]
             assert complete(endpoint, ids, n_predict=40, ignore_eos=True).status_code == httpx.codes.OK
+            n_answers[number] += 1
 
-    threads = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(n_clients)]
-    for thread in threads:
-        thread.start()
-    try:
-        begun.wait(TIMEOUT)
-        yield
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join(TIMEOUT)
+    with ThreadPoolExecutor(n_clients) as pool:
+        clients = [pool.submit(work, number) for number in range(n_clients)]
+        try:
+            yield n_answers
+        finally:
+            stop.set()
+    for client in clients:
+        client.result()  # raises what went wrong there
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def metric(endpoint: Endpoint, name: str) -> float:
+    """Read one of the server's metrics."""
+    text = httpx.get(f"{endpoint.url}/metrics", trust_env=False, timeout=TIMEOUT).text
+    values = [line.split()[1] for line in text.splitlines() if line.startswith(f"llamacpp:{name} ")]
+    return float(values[0])
 
 
 def check_with_others_busy(
     made: dict[Shape, tuple[Path, Path]], cases: list[Case], router: Router, *extra: str
 ) -> None:
     checkpoint, gguf = made[cases[0].shape]
-    with running(gguf, router, *extra) as endpoint, busy(endpoint):
-        for case in cases:
-            truth = wanted(checkpoint, case)[-1]
-            for _ in range(3):
-                got = next_logits(endpoint, case.ids, len(truth))
-                assert reference.kl(truth[None], got[None]) <= F32_BOUND, case
+    prompts = [clear(checkpoint, case) for case in cases]
+    with running(gguf, router, *extra) as endpoint, busy(endpoint) as n_answers:
+        for _ in range(3):
+            for ids, logits, _p in prompts:
+                got = next_logits(endpoint, ids, logits.shape[1])
+                assert reference.kl(logits[-1:], got[None]) <= F32_BOUND, len(ids)
+        # the others had answers meanwhile, in decodes that they shared
+        wait_for(lambda: all(n_answers))
+        assert metric(endpoint, "n_busy_slots_per_decode") > 1
+
+
+def test_a_flood_of_prompts_stops_no_answer(made: dict[Shape, tuple[Path, Path]]) -> None:
+    """In the mode capacity each prompt is a turn of its own; the slot that generates has every second turn."""
+    ids = Case(WIDE, 500, "capacity").ids
+    stop = threading.Event()
+    n_prompts = [0] * (2 * N_SLOTS)  # some always wait
+
+    def flood(number: int) -> None:
+        body = {"prompt": ids, "n_predict": 1}
+        with httpx.Client(base_url=endpoint.url, trust_env=False, timeout=TIMEOUT) as client:
+            while not stop.is_set() and n_prompts[number] < MAX_FLOOD:
+                assert client.post("/completion", json=body).status_code == httpx.codes.OK
+                n_prompts[number] += 1
+
+    with running(made[WIDE][1], Router("capacity")) as endpoint, ThreadPoolExecutor(len(n_prompts)) as pool:
+        clients = [pool.submit(flood, number) for number in range(len(n_prompts))]
+        try:
+            wait_for(lambda: all(n_prompts))
+            answer = complete(endpoint, ids[:8], n_predict=40, ignore_eos=True)
+            flooding = not any(client.done() for client in clients)
+        finally:
+            stop.set()
+        for client in clients:
+            client.result()  # raises what went wrong there
+    assert answer.json()["timings"]["predicted_n"] == 40
+    assert flooding  # the answer ended first
 
 
 @pytest.mark.parametrize(("shape", "kv"), [(WIDE, "--kv-unified"), (NARROW, "--no-kv-unified")])
@@ -190,6 +232,15 @@ REFUSED = (
     *("", "TopK", "topp", "topk:1", "capacity:1,2", "adaptive:", "adaptive:4", "adaptive:0,0.1", "adaptive:4,1.1"),
     *("adaptive:4,-0.1", "adaptive:4,nan", "adaptive:4,0.1,", "adaptive:4, 0.1"),
 )
+
+
+@pytest.mark.parametrize(
+    ("mode", "minimum", "threshold"),
+    [("adaptive", 4, None), ("adaptive", None, 0.1), ("topk", 4, 0.1), ("capacity", None, 0.1), ("topk", 4, None)],
+)
+def test_numbers_come_together_and_with_adaptive(mode: Mode, minimum: int | None, threshold: float | None) -> None:
+    with pytest.raises(ServerError, match="minimum and threshold together"):
+        Router(mode, minimum, threshold)
 
 
 @pytest.mark.parametrize("text", REFUSED)

@@ -96,6 +96,16 @@ def test_ctrl_c_on_a_terminal(llama_server: Path, tiny: Path, port: int) -> None
         )
 
 
+def test_ctrl_c_says_how_many_experts_were_used(llama_server: Path, tiny: Path, port: int) -> None:
+    with serving(tiny, port, "--router", "adaptive:1,1") as (parent, _):
+        body = {"prompt": "Hello", "n_predict": 4}
+        url = f"http://127.0.0.1:{port}/completion"
+        assert httpx.post(url, json=body, trust_env=False, timeout=TIMEOUT).status_code == 200
+        parent.send_signal(signal.SIGINT)
+        _, err = parent.communicate(timeout=TIMEOUT)
+    assert err == "experts used per token and layer: 1.00 (adaptive:1,1)\nstopping\n"
+
+
 def test_a_key_from_the_environment(llama_server: Path, tiny: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     key = "".join(map(chr, range(0x21, 0x7F))).replace(",", "").replace('"', "")  # all that is accepted
     monkeypatch.setenv("HYMOE_API_KEY", key)

@@ -398,6 +398,9 @@ def test_the_command_line_of_a_router(tiny: Path, tmp_path: Path) -> None:
     # a file that asks for it gets the same
     asking = replace(header, scalars={**header.scalars, "hunyuan-moe.router.mode": "capacity"})
     assert engine_arguments(None, asking, 512) == whole
+    # with one expert per token nothing is dropped
+    single = replace(header, scalars={**asking.scalars, "hunyuan-moe.expert_used_count": 1})
+    assert engine_arguments(None, single, 512) == []
 
 
 def test_details_show_the_engines_log(llama_server: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
