@@ -59,10 +59,20 @@ class Wrong(NamedTuple):
         return client.post(self.path, content=self.body if isinstance(self.body, bytes) else json.dumps(self.body))
 
 
-WRONG_TYPES: tuple[tuple[str, Any], ...] = (
-    *(("stop", 5), ("stop", ["a", 5]), ("stop", {"a": 1}), ("chat_template_kwargs", 5), ("chat_template_kwargs", [1])),
-    *(("reasoning_budget_tokens", "x"), ("thinking_budget_tokens", [1]), ("reasoning_budget_message", 5)),
-    *(("reasoning_control", "x"), ("add_generation_prompt", "x"), ("parallel_tool_calls", "x")),
+def wrong_field(key: str, value: Any) -> Wrong:
+    """A chat with one field more."""
+    body = {"messages": [{"role": "user", "content": "hi"}], key: value}
+    return Wrong("/v1/chat/completions", body, f"'{key}' must be")
+
+
+# Fields of a chat: what stock takes for absent, and what it refuses as well.
+DROPPED_TYPES: tuple[tuple[str, Any], ...] = (
+    *(("stop", 5), ("stop", {"a": 1}), ("chat_template_kwargs", 5), ("chat_template_kwargs", [1])),
+    *(("thinking_budget_tokens", [1]), ("reasoning_budget_message", 5)),
+    *(("add_generation_prompt", "x"), ("parallel_tool_calls", "x")),
+)
+REFUSED_TYPES: tuple[tuple[str, Any], ...] = (
+    *(("stop", ["a", 5]), ("reasoning_budget_tokens", "x"), ("reasoning_control", "x")),
 )
 TOKENIZE_FLAGS = ("add_special", "parse_special", "with_pieces")
 CHAT_PATHS = ("/v1/chat/completions", "/apply-template", "/v1/chat/completions/input_tokens")
@@ -75,14 +85,10 @@ WRONG: Mapping[str, tuple[Wrong, ...]] = {
         Wrong("/tokenize", {"content": 5}, "must be string"),
         Wrong("/v1/chat/completions", {"messages": 5}, "to be an array"),
         Wrong("/v1/chat/completions", {"messages": ["hi"]}, "must be an object"),
-        *(
-            Wrong(
-                "/v1/chat/completions",
-                {"messages": [{"role": "user", "content": "hi"}], key: value},
-                f"'{key}' must be",
-            )
-            for key, value in WRONG_TYPES
-        ),
+        *(wrong_field(key, value) for key, value in REFUSED_TYPES),
+    ),
+    "values of another type that stock drops without a word": (
+        *(wrong_field(key, value) for key, value in DROPPED_TYPES),
         Wrong("/completion", {"prompt": HELLO, "stop": 5}, "'stop' must be"),
         *(Wrong("/tokenize", {"content": "a", key: "x"}, f"'{key}' must be a boolean") for key in TOKENIZE_FLAGS),
     ),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from clients_rows import ROWS, WRONG
+from clients_rows import REFUSED_TYPES, ROWS, WRONG, wrong_field
 from format_rows import vendor_template
 from stock.conftest import Direct
 from talker import write_talker
@@ -29,6 +29,7 @@ MISSING = dict.fromkeys(
 STATUS: Mapping[str, Mapping[str, int]] = {
     "broken JSON": {OTHER: 500, **MISSING},
     "values of another type": {"/tokenize": 500, "/v1/chat/completions": 400},
+    "values of another type that stock drops without a word": {OTHER: 200},
     "token ids that are none": {"/detokenize": 500, **MISSING},
     "a role that no template has a place for": {OTHER: 200},
     "nothing to answer": {OTHER: 200},
@@ -37,7 +38,7 @@ STATUS: Mapping[str, Mapping[str, int]] = {
 # It takes 1.5 for an id.
 TAKEN = [{"tokens": [1, 1.5]}]
 # These are refused by both; stock's words for the second are not ours.
-REFUSED = [{"messages": 5}, {"messages": ["hi"]}]
+REFUSED = [{"messages": 5}, {"messages": ["hi"]}, *(wrong_field(key, value).body for key, value in REFUSED_TYPES)]
 # What is wrong with the answers that the other rows ask for.
 FAILURES: Mapping[str, tuple[type[Exception], str]] = {
     "legacy_logprobs": (KeyError, "^'tokens'$"),
