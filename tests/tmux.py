@@ -73,11 +73,11 @@ class Tmux:
         """Give the terminal another size."""
         self._tmux("resize-window", "-t", "t", "-x", str(columns), "-y", str(rows))
 
-    def expect_more_rows(self, n: int) -> None:
-        """Wait until more than `n` rows were shown."""
+    def expect_rows_of(self, width: int) -> None:
+        """Wait until every row on the screen but the last three (those still change) is `width` wide."""
         deadline = time.monotonic() + SECONDS
-        while self.screen(scrolled=True).count("\n") < n:
-            assert time.monotonic() < deadline, f"no {n} rows:\n{self.screen()}"
+        while {len(row) for row in self.screen().splitlines()[:-3]} != {width}:
+            assert time.monotonic() < deadline, f"not all rows are {width} wide:\n{self.screen()}"
             time.sleep(0.03)
 
     def screen(self, *, styled: bool = False, scrolled: bool = False) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFValueType
 from gguf.quants import dequantize
+from published_names import SINGLE
 
 from hymoe.convert import miniature
 from hymoe.convert.cli import main
@@ -64,16 +65,8 @@ def expected_tensors(folder: Path, spec: Spec) -> dict[str, np.ndarray[Any, Any]
     }
     if not spec.tied:
         result["output.weight"] = source["lm_head.weight"]
-    single = {
-        "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-        "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-        "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.query_layernorm",
-        "attn_k_norm": "self_attn.key_layernorm", "ffn_gate_inp": "mlp.gate.wg",
-        "ffn_gate_shexp": "mlp.shared_mlp.gate_proj", "ffn_up_shexp": "mlp.shared_mlp.up_proj",
-        "ffn_down_shexp": "mlp.shared_mlp.down_proj",
-    }  # fmt: skip
     for il in range(spec.n_layer):
-        for ours, theirs in single.items():
+        for ours, theirs in SINGLE.items():
             result[f"blk.{il}.{ours}.weight"] = source[f"model.layers.{il}.{theirs}.weight"]
         for part in ("gate", "up", "down"):
             experts = [source[f"model.layers.{il}.mlp.experts.{e}.{part}_proj.weight"] for e in range(spec.n_expert)]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 from large_model import N_TOKENS, Array, Large, write
+from published_names import SINGLE
 
 from hymoe.convert.cli import main
 from hymoe.convert.convert import preview
@@ -19,14 +20,6 @@ ARCH = "hunyuan-large"
 
 def expected(source: dict[str, Array], spec: Large) -> dict[str, Array]:
     """What the GGUF must hold, written out once more and on purpose."""
-    single = {
-        "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-        "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-        "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.query_layernorm",
-        "attn_k_norm": "self_attn.key_layernorm", "ffn_gate_inp": "mlp.gate.wg",
-        "ffn_gate_shexp": "mlp.shared_mlp.gate_proj", "ffn_up_shexp": "mlp.shared_mlp.up_proj",
-        "ffn_down_shexp": "mlp.shared_mlp.down_proj",
-    }  # fmt: skip
     found = {
         "token_embd.weight": source["model.embed_tokens.weight"],
         "output_norm.weight": source["model.norm.weight"],
@@ -34,7 +27,7 @@ def expected(source: dict[str, Array], spec: Large) -> dict[str, Array]:
     if not spec.tied:
         found["output.weight"] = source["lm_head.weight"]
     for il in range(spec.n_layer):
-        for ours, theirs in single.items():
+        for ours, theirs in SINGLE.items():
             name = f"model.layers.{il}.{theirs}.weight"
             if name in source:
                 found[f"blk.{il}.{ours}.weight"] = source[name]
