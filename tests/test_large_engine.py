@@ -158,7 +158,8 @@ def test_tools(tmp_path: Path) -> None:
     owned, shared = ({name for name in collected if name.startswith(f"blk.{il}.attn")} for il in (0, 1))
     assert owned == {f"blk.0.attn_{part}.weight" for part in ("q", "k", "v", "output")}
     assert shared == {f"blk.1.attn_{part}.weight" for part in ("q", "output")}
-    assert "Final estimate: PPL = " in run("llama-perplexity", *common)
+    # Not its last line: the tool may end before its log is out.
+    assert re.search(r"\[1\]\d+\.\d{4},", run("llama-perplexity", *common))
     assert "hunyuan-large" in run("llama-bench", "-m", gguf, "-p", "32", "-n", "4", "-r", "1", "-t", "1")
 
     imatrix = tmp_path / "imatrix.gguf"
