@@ -11,10 +11,8 @@ from hymoe.runtime.endpoint import Endpoint
 SECONDS = 1.0
 # Less than a busy engine may take to answer: then the line stays as it is.
 ANSWER_SECONDS = 0.5
-_COUNTERS = {
-    "read": re.compile(r"^llamacpp:prompt_tokens_total (\S+)$", re.MULTILINE),
-    "written": re.compile(r"^llamacpp:tokens_predicted_total (\S+)$", re.MULTILINE),
-}
+_READ = re.compile(r"^llamacpp:prompt_tokens_total (\S+)$", re.MULTILINE)
+_WRITTEN = re.compile(r"^llamacpp:tokens_predicted_total (\S+)$", re.MULTILINE)
 
 
 class Monitor:
@@ -34,8 +32,7 @@ class Monitor:
         slots, text = self._get("/slots"), self._get("/metrics")
         if not isinstance(slots, list) or not isinstance(text, str):
             return None
-        rates = self._rates({name: _value(pattern, text) for name, pattern in _COUNTERS.items()})
-        return describe(slots, rates, self._n_ctx)
+        return describe(slots, self._rates(totals(slots, text)), self._n_ctx)
 
     def running(self) -> int:
         """Count the slots that answer; 0 where the server does not say."""
@@ -61,6 +58,21 @@ class Monitor:
             return answer.json() if path == "/slots" else answer.text
         except (httpx.HTTPError, ValueError):
             return None
+
+
+def totals(slots: list[dict[str, Any]], metrics: str) -> dict[str, float]:
+    """Give the tokens `read` and `written` so far, from the answers of /slots and /metrics.
+
+    The counters of /metrics know a prompt when it has an answer's first token, and an answer when it has ended; what is
+    under way comes from the slots.
+    """
+    read, written = _value(_READ, metrics), _value(_WRITTEN, metrics)
+    for slot in slots:
+        if slot.get("is_processing"):
+            answered = sum(part.get("n_decoded") or 0 for part in slot.get("next_token") or [])
+            read += 0 if answered else slot.get("n_prompt_tokens_processed") or 0
+            written += answered
+    return {"read": read, "written": written}
 
 
 def describe(slots: list[dict[str, Any]], rates: dict[str, float], n_ctx: int) -> str:

@@ -172,7 +172,7 @@ class _Foreground:
                     server.check()
                     if not full and (full := server.log_is_full()):
                         console.warn("the disk of the engine's log is full: lines are lost, serving goes on")
-                    if console.has_status_line() and (line := monitor.line()):
+                    if console.can_draw() and (line := monitor.line()):
                         show(line)
                     time.sleep(WATCH_SECONDS)
         except (KeyboardInterrupt, Terminated):
@@ -190,12 +190,9 @@ class _Foreground:
         if self._options.router is not None and (mean := mean_experts(server.endpoint)) is not None:
             console.status(f"experts used per token and layer: {mean:.2f} ({self._options.router})")
         running = monitor.running()
-        answers = f"{running} answer{'s' if running > 1 else ''}"
-        console.status(
-            f"stopping when {answers} have ended, in {self._drain:g} s at most; a second signal stops at once"
-            if running
-            else "stopping"
-        )
+        answers = "1 answer has" if running == 1 else f"{running} answers have"
+        when = f" when {answers} ended, in {self._drain:g} s at most; a second signal stops at once"
+        console.status(f"stopping{when if running else ''}")
         if not server.drain(self._drain):
             console.warn(f"cut what was not answered after {self._drain:g} s")
 

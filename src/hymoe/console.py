@@ -93,7 +93,7 @@ def progress(label: str, total: float, *, unit: str = "B", done: float = 0.0) ->
     """
     if _verbosity < 0:
         yield lambda _amount: None
-    elif sys.stderr.isatty():
+    elif can_draw():
         with _bar(label, total, unit, done) as tick:
             yield tick
     else:
@@ -103,7 +103,7 @@ def progress(label: str, total: float, *, unit: str = "B", done: float = 0.0) ->
 @contextmanager
 def status_line() -> Iterator[Callable[[str], None]]:
     """Keep one line at the foot of the terminal: call what is given with its new text. Elsewhere nothing is shown."""
-    if not has_status_line():
+    if not can_draw():
         yield lambda _text: None
         return
     from rich.live import Live
@@ -114,8 +114,8 @@ def status_line() -> Iterator[Callable[[str], None]]:
         yield lambda text: live.update(Text(text, no_wrap=True, overflow="ellipsis"), refresh=True)
 
 
-def has_status_line() -> bool:
-    """Whether `status_line` shows anything here."""
+def can_draw() -> bool:
+    """Whether stderr is a terminal on which lines can be drawn again, and is to be used (no -q)."""
     return _verbosity >= 0 and sys.stderr.isatty() and not _stderr().is_dumb_terminal
 
 
