@@ -26,6 +26,10 @@ RouterMode = Annotated[str | None, typer.Option("--router", metavar="MODE", help
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Only warnings and errors.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="The engine's log too.")]
 LogFile = Annotated[Path | None, typer.Option("--log", metavar="FILE", help="Append the engine's log to this file.")]
+Rpc = Annotated[
+    str | None,
+    typer.Option("--rpc", metavar="HOST:PORT,…", help="Use the devices of these workers too (hy-engine rpc)."),
+]
 ServeLog = Annotated[
     Path | None,
     typer.Option(
@@ -52,6 +56,7 @@ def serve(
     ctx: Ctx = None,
     threads: Threads = None,
     router: RouterMode = None,
+    rpc: Rpc = None,
     api_key_file: KeyFile = None,
     insecure: Insecure = False,
     drain: Drain = 30.0,
@@ -67,6 +72,7 @@ def serve(
     from hymoe.runtime.router import parse
     from hymoe.runtime.server import ServerOptions
     from hymoe.runtime.supervise import LOG_LIMIT, default_log, supervise
+    from hymoe.runtime.workers import parse as parse_workers
 
     console.set_verbosity(quiet=quiet, verbose=verbose)
     options = ServerOptions(
@@ -78,6 +84,7 @@ def serve(
         router=None if router is None else parse(router),
         api_key=os.environ.get("HYMOE_API_KEY") or os.environ.get("LLAMA_API_KEY") or None,
         api_key_file=api_key_file,
+        rpc=parse_workers(rpc or ""),
         insecure=insecure,
         extra=tuple(engine_arguments or ()),
         log=log or default_log(port),

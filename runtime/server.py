@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NoReturn, Self
 
 from hymoe import console
 from hymoe.errors import ServerError
-from hymoe.runtime import overrides, process
+from hymoe.runtime import overrides, process, workers
 from hymoe.runtime.endpoint import Endpoint, check_access, keys_of
 from hymoe.runtime.header import Header, peek
 from hymoe.runtime.loading import Loading
@@ -37,6 +37,7 @@ PORT_ATTEMPTS = 3
 # A line of the engine's log: time, level, and what it says.
 LOADING_ERROR = "error loading model: "
 ERROR_LINE = re.compile(r"\s*[\d.]+ E (.*\S)")
+ABORT_LINE = re.compile(r"/\S+\.(?:c|cpp|cu|h|m):\d+: (.*)")
 # What the backends and the C++ library say when memory is short.
 MEMORY_LINE = re.compile(
     r"failed to allocate|unable to allocate|out of memory|bad_alloc|cudaMalloc failed|OutOf(?:Device|Host)Memory", re.I
@@ -56,6 +57,7 @@ OWNED_FLAGS = {
     **dict.fromkeys(("-c", "--ctx-size"), "give --ctx before the --"),
     **dict.fromkeys(("-t", "--threads"), "give --threads before the --"),
     "--api-key": "set HYMOE_API_KEY: other users of this machine can read a command line",
+    "--rpc": "give --rpc before the --",
     "--api-key-file": "give --api-key-file before the --",
     "--api-prefix": "put a proxy in front to serve under a path",
     "--context-shift": "moved keys give wrong answers: this family's attention depends on absolute positions",
@@ -82,6 +84,7 @@ class ServerOptions:
     api_key: str | None = None
     api_key_file: Path | None = None  # keys, one a line; # begins a comment
     insecure: bool = False  # whether other machines may use it without a key
+    rpc: tuple[str, ...] = ()  # workers, host:port, whose devices are used as well
     extra: tuple[str, ...] = ()  # further llama-server arguments
     log: Path | None = None  # the engine's output is appended here
     log_limit: int | None = None  # bytes at which it starts over, with a copy kept beside it; None: never
@@ -103,7 +106,7 @@ class ServerExitError(ServerError):
         # What never served has not succeeded.
         self.status = process.shell_status(returncode) or int(not served)
         when = "while serving" if served else "while it was starting"
-        reason = [_reason(self.tail), MORE_MEMORY if self.out_of_memory else None]
+        reason = [_abort(log) or _reason(self.tail), MORE_MEMORY if self.out_of_memory else None]
         super().__init__(
             f"the engine stopped {when}: {process.describe(returncode)}", fix="; ".join(filter(None, reason)) or None
         )
@@ -150,6 +153,7 @@ class Server:
         check_flags(self.options.extra)
         check_access(self.options.host, self._keys(), insecure=self.options.insecure)
         header = peek(self.options.model)
+        workers.check(self.options.rpc)
         tool = engine.find().tool("llama-server")
         self.n_ctx = context_size(self.options.ctx, header)
         self._overrides = overrides.find(header, self.n_ctx, self.options.extra)
@@ -344,6 +348,7 @@ def command_line(
         from hymoe.chat_templates.render import FALLBACK
 
         command += ["--chat-template-file", str(FALLBACK)]
+    command += ["--rpc", ",".join(options.rpc)] if options.rpc else []
     return command + overrides.arguments(made_up) + list(options.extra)
 
 
@@ -352,6 +357,9 @@ def _environment(options: ServerOptions) -> dict[str, str]:
     if dropped:
         console.warn(f"{', '.join(dropped)}: ignored; give llama-server arguments after --")
     env = {name: value for name, value in os.environ.items() if name not in dropped}
+    if not console.is_verbose():
+        # An engine that ends itself would start a debugger for a report first, and be away for seconds.
+        env.setdefault("GGML_NO_BACKTRACE", "1")
     if options.api_key:
         env["LLAMA_API_KEY"] = options.api_key
     else:
@@ -368,6 +376,12 @@ def _port_taken(port: int) -> ServerError:
     return ServerError(
         f"port {port}", got="one in use by another program", expected="a free one", fix="give another with --port"
     )
+
+
+def _abort(log: list[str]) -> str | None:
+    """Find the failed assertion, or whatever else the engine ends itself for; a debugger's report may follow it."""
+    found = [match[1] for line in log if (match := ABORT_LINE.match(line))]
+    return f"its log says: {found[-1].strip()}" if found else None
 
 
 def _reason(tail: list[str]) -> str | None:

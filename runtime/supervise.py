@@ -17,6 +17,7 @@ from hymoe.runtime.monitor import Monitor
 from hymoe.runtime.process import Terminated, signals_as_exceptions
 from hymoe.runtime.router import mean_experts
 from hymoe.runtime.server import DEFAULT_CTX, Server, ServerExitError, ServerOptions
+from hymoe.runtime.workers import WorkerError
 
 FIRST_DELAY = 0.5  # seconds before the first restart; each next one waits twice as long
 LONGEST_DELAY = 30.0
@@ -73,6 +74,8 @@ class Supervisor:
                     self._watch(server)
             except ServerExitError as exc:
                 self._recover(exc, None if begun is None else time.monotonic() - begun)
+            except WorkerError as exc:
+                self._await_worker(exc)
 
     def _recover(self, exc: ServerExitError, served_seconds: float | None) -> None:
         """Prepare the next start, or raise `exc` where there is none."""
@@ -84,6 +87,14 @@ class Supervisor:
             console.warn(f"given up after {FAILED_STARTS} starts in a row that failed")
             raise exc
         console.warn(f"{exc}; starting it again in {delay:g} s")
+        self._pause(delay)
+
+    def _await_worker(self, exc: WorkerError) -> None:
+        """Wait a while for a machine that is away; raises `exc` where it has never been there."""
+        if not self._has_served:
+            raise exc
+        delay = self._backoff.after(0.0) or LONGEST_DELAY
+        console.warn(f"{exc}; trying again in {delay:g} s")
         self._pause(delay)
 
 
