@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import ceil
@@ -21,6 +22,7 @@ PAPER_RAM_BANDWIDTH: Final = 60e9
 PAPER_VRAM_BANDWIDTH: Final = bandwidth.CARDS["RTX 3090"]
 PAPER_LINK: Final = bandwidth.PCIE4
 PAPER_CORES: Final = 8
+WORKER_SECONDS: Final = 5.0
 
 
 @dataclass(frozen=True)
@@ -102,20 +104,23 @@ class Machine:
 def probe(
     *, vram: int | None = None, ram: int | None = None, threads: int | None = None, rpc: Sequence[str] = ()
 ) -> Machine:
-    """Look at this machine. vram (bytes of each device), ram (bytes) and threads take the place of what is found.
+    """Look at this machine. vram (bytes of each card), ram (bytes) and threads take the place of what is found.
 
     rpc: workers as host:port. Bandwidths are measured the first time, a second or so, and remembered.
     Raises EngineError where no engine is built, ServerError for a worker that does not answer.
     """
     total, usable = memory()
     n_core, n_fast_core = cores()
+    for worker in rpc:
+        _require(worker)
     listed = measuring.ask("devices", *(("--rpc", ",".join(rpc)) if rpc else ()))["devices"]
-    if len([device for device in listed if device["kind"] == "rpc"]) < len(rpc):
-        raise ServerError(f"RPC worker among {', '.join(rpc)}: no answer", fix="start it there: `hy-engine rpc`")
     speeds = bandwidth.measured(threads or n_core, usable, listed, rpc)
     devices = tuple(_device(found, speeds["devices"].get(found["name"], {})) for found in listed)
     if vram is not None:
-        devices = tuple(replace(device, total=max(device.total, vram), free=vram) for device in devices)
+        devices = tuple(
+            device if device.kind == "rpc" else replace(device, total=max(device.total, vram), free=vram)
+            for device in devices
+        )
     return Machine(
         devices=devices,
         ram_total=total if ram is None else max(total, ram),
@@ -124,6 +129,19 @@ def probe(
         n_fast_core=threads or n_fast_core,
         bandwidth=speeds["ram"],
     )
+
+
+def _require(worker: str) -> None:
+    """Raise ServerError for a worker that does not answer: the engine would abort, with a page of addresses."""
+    host, _, port = worker.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ServerError("RPC worker", got=worker, expected="host:port")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=WORKER_SECONDS).close()
+    except (OSError, OverflowError) as exc:
+        raise ServerError(
+            f"RPC worker {worker}: no answer", got=exc, fix="start it on that machine: `hy-engine rpc`"
+        ) from exc
 
 
 def _device(found: Mapping[str, Any], speeds: Mapping[str, float]) -> Device:

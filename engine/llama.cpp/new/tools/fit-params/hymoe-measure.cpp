@@ -135,9 +135,10 @@ double link_bandwidth(ggml_backend_t backend, ggml_backend_buffer_type_t host, s
     memset(source, 1, n_bytes);
     uint8_t run = 0;
     return fastest(n_bytes, seconds, [&] {
-        *static_cast<uint8_t *>(source) = ++run; // a worker on the network knows by its hash what it has been sent before
+        *static_cast<uint8_t *>(source) = ++run; // a worker on the network may know by its hash what it was sent before
         ggml_backend_tensor_set(target, source, 0, n_bytes);
-        ggml_backend_synchronize(backend);
+        uint8_t back = 0; // its way is short, and it waits for what went before
+        ggml_backend_tensor_get(target, &back, 0, 1);
     });
 }
 
@@ -179,8 +180,9 @@ void add_speeds(common_json & found, ggml_backend_dev_t dev, double seconds) {
     if (!is_rpc(dev)) { // a product there is a message and its answer, whatever the memory
         set("bandwidth", device_bandwidth(backend.get(), size, seconds));
     }
-    set("link",          link_bandwidth(backend.get(), host, size, seconds));
-    set("link_pageable", link_bandwidth(backend.get(), nullptr, size, seconds));
+    const double pageable = link_bandwidth(backend.get(), nullptr, size, seconds);
+    set("link",          host ? link_bandwidth(backend.get(), host, size, seconds) : pageable);
+    set("link_pageable", pageable);
 }
 
 common_json devices(double seconds) {
@@ -296,7 +298,8 @@ int run(int argc, char ** argv) {
         const double seconds = speeds ? atof(argv[3]) : 0;
         found["devices"] = devices(seconds);
         if (speeds) {
-            found["bandwidth"] = ram_bandwidth(strtoull(argv[2], nullptr, 10), seconds, params.cpuparams.n_threads);
+            // what everything in RAM is predicted from
+            found["bandwidth"] = ram_bandwidth(strtoull(argv[2], nullptr, 10), 3 * seconds, params.cpuparams.n_threads);
         }
     }
     common_log_flush(common_log_main());
