@@ -26,8 +26,10 @@ MIB: Final = 1 << 20
 
 LEAST_CTX: Final = 4096
 N_UBATCH: Final = (512, 1024, 2048, 4096)
-# How much faster a coarser cache must make the use to be worth its loss. Others only where they are asked for.
+# How much faster a coarser cache must make the use to be worth its loss, and where the processor has to unpack it, to
+# be no slower than it looks. Other types only where they are asked for.
 KV_WORTH: Final = {"f16": 1.0, "q8_0": 1.03}
+KV_WORTH_HOST: Final = {"f16": 1.0, "q8_0": 1.25}
 
 # What stays free of a device and of RAM: a part, and bytes. Kernels, the driver's own buffers and other programs live
 # there.
@@ -188,12 +190,17 @@ def _best(search: _Search) -> Plan | None:
 
 
 def _subsets(devices: Sequence[Device]) -> Iterator[tuple[Device, ...]]:
-    """Give the sets of devices to try; of many, those in front."""
+    """Give the sets of devices to try, of like ones each number once; of many devices, those in front."""
     if len(devices) > MAX_SUBSETS:
         yield from (tuple(devices[:count]) for count in range(len(devices) + 1))
         return
+    seen = set()
     for count in range(len(devices) + 1):
-        yield from combinations(devices, count)
+        for subset in combinations(devices, count):
+            alike = tuple((device.kind, device.free, device.bandwidth, device.link) for device in subset)
+            if alike not in seen:
+                seen.add(alike)
+                yield subset
 
 
 class _Placed(NamedTuple):
@@ -325,7 +332,8 @@ def _finished(search: _Search, devices: Sequence[Device], setting: Setting, plac
         speeds(placed.costs, placed.runs, devices, time),
         search.tuned,
     )
-    return time.total(search.use) * KV_WORTH.get(setting.kv_type, 1.0), plan
+    worth = KV_WORTH if devices else KV_WORTH_HOST
+    return time.total(search.use) * worth.get(setting.kv_type, 1.0), plan
 
 
 def _load(wish: Wish, devices: Sequence[Device], setting: Setting, ram: Memory) -> LoadMode:
