@@ -60,7 +60,10 @@ KINDS_OF_KV = (("f16", 512), ("q8_0", 1024), ("q4_0", 2048), ("q8_0", 4096), ("f
 MATRIX = [
     Case(device, *row)
     for device in ("cpu", "vulkan", "rpc")
-    for row in [*(("a13b", kv, ubatch) for kv, ubatch in KINDS_OF_KV), *(("large", "f16", n) for n in (512, 2048, 4096))]
+    for row in [
+        *(("a13b", kv, ubatch) for kv, ubatch in KINDS_OF_KV),
+        *(("large", "f16", n) for n in (512, 2048, 4096)),
+    ]
 ]
 QUICK = [
     Case("cpu", "small", "f16", 512),
