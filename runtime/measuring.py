@@ -24,7 +24,13 @@ SECONDS: Final = 300
 # llama-server reads options from these as well; only what is asked may count.
 _IGNORED: Final = ("LLAMA_ARG_", "AIP_")
 MIN_BATCH_VARIABLE: Final = "GGML_OP_OFFLOAD_MIN_BATCH"
-_ERROR_LINE: Final = re.compile(r"^(?:[\d.]+ E )?(?:\w+: )*?(?:error loading model: |error: )(.*\S)", re.MULTILINE)
+# What the tool's log says went wrong, what says most first.
+_REASONS: Final = (
+    re.compile(r"error loading model: (.*\S)"),
+    re.compile(r"error while handling (argument .*\S)"),
+    re.compile(r"^[\d.]+ E (?:\w+: )?(.*\S)", re.MULTILINE),
+    re.compile(r"^error: (.*\S)", re.MULTILINE),
+)
 
 
 def ask(*arguments: str, min_batch: int | None = None) -> dict[str, Any]:
@@ -59,8 +65,8 @@ def ask(*arguments: str, min_batch: int | None = None) -> dict[str, Any]:
 
 
 def reason(log: str, returncode: int) -> str:
-    """Pick from the tool's log why it failed: the first error it names, else its last line."""
-    if said := _ERROR_LINE.search(log):
+    """Pick from the tool's log why it failed, in its own words."""
+    if said := next((found for pattern in _REASONS if (found := pattern.search(log))), None):
         return said[1]
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     return lines[-1] if lines else f"exit status {returncode}"
