@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from hymoe.runtime.header import parts
+
 _READ = re.compile(r"^rchar: (\d+)$", re.MULTILINE)
 _MAPPED = re.compile(r"^RssFile:\s+(\d+) kB$", re.MULTILINE)
 
@@ -16,8 +18,6 @@ class Loading:
     """
 
     def __init__(self, pid: int, model: Path) -> None:
-        from hymoe.runtime.hosts import parts
-
         self._folder = Path(f"/proc/{pid}")
         self.total = sum(part.stat().st_size for part in parts(model) if part.exists())
         self.done = 0

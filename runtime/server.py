@@ -25,6 +25,8 @@ from hymoe.runtime.router import Router, engine_arguments
 if TYPE_CHECKING:
     import httpx
 
+    from hymoe.runtime.planned import Plan
+
 # 32,768 tokens of KV are 4 GiB for Hunyuan-A13B in F16; all of its 262,144 would be 32 GiB.
 DEFAULT_CTX = 32768
 TAIL_LINES = 12
@@ -80,6 +82,7 @@ class ServerOptions:
     port: int = 8080  # 0: a free one
     ctx: int | None = None  # tokens; None: the trained context up to DEFAULT_CTX; 0: the trained context
     threads: int | None = None
+    plan: Plan | None = None  # where the model goes; None: where the engine puts it. See placing.place
     router: Router | None = None  # None: the mode that the file asks for, or topk
     api_key: str | None = None
     api_key_file: Path | None = None  # keys, one a line; # begins a comment
@@ -116,12 +119,14 @@ class ServerExitError(ServerError):
 def serve(model: Path | str | ServerOptions) -> Iterator[Endpoint]:
     """Run the engine for the length of a `with` block, which begins when it is healthy; after a crash it runs again.
 
-    model: a file, which is served on a free port, or all that can be chosen. Raises as `Server` does, and at the end
+    model: a file, which is placed by a plan and served on a free port, or all that can be chosen (then without a plan,
+    unless it is one that `placing.place` gave). Raises as `Server` does, and at the end
     of the block where the engine had to be given up.
     """
+    from hymoe.runtime.placing import place
     from hymoe.runtime.supervise import background
 
-    options = model if isinstance(model, ServerOptions) else ServerOptions(Path(model), port=0)
+    options = model if isinstance(model, ServerOptions) else place(ServerOptions(Path(model), port=0))
     with background(options) as endpoint:
         yield endpoint
 
@@ -155,7 +160,8 @@ class Server:
         header = peek(self.options.model)
         workers.check(self.options.rpc)
         tool = engine.find().tool("llama-server")
-        self.n_ctx = context_size(self.options.ctx, header)
+        plan = self.options.plan
+        self.n_ctx = plan.setting.n_ctx if plan else context_size(self.options.ctx, header)
         self._overrides = overrides.find(header, self.n_ctx, self.options.extra)
         if self._overrides:
             console.status(overrides.line(header, self._overrides))
@@ -333,13 +339,17 @@ def command_line(
     made_up: what the file lacks and the command makes up for.
     """
     command = [str(tool), "--model", str(options.model.absolute())]
-    command += ["--host", options.host, "--port", str(options.port), "--ctx-size", str(n_ctx)]
-    command += ["--no-context-shift", "--jinja"]
+    command += ["--host", options.host, "--port", str(options.port), "--no-context-shift", "--jinja"]
+    if options.plan is not None:
+        command += options.plan.arguments()
+    else:
+        command += ["--ctx-size", str(n_ctx)]
+        command += ["--rpc", ",".join(options.rpc)] if options.rpc else []
     if options.api_key_file is not None:
         command += ["--api-key-file", str(options.api_key_file.absolute())]
     # No --cors-origins: a page opened as a file, as mikupad is, sends `Origin: null`, and "localhost" shuts it out.
     # Any UI can talk to us without flags, so any page can; a key is what keeps strangers out, and hy-serve says so.
-    if options.threads is not None:
+    if options.threads is not None and options.plan is None:
         command += ["--threads", str(options.threads)]
     # /metrics has, among others, the number of experts used
     command += [*engine_arguments(options.router, header, n_ctx), "--metrics"]
@@ -348,7 +358,6 @@ def command_line(
         from hymoe.chat_templates.render import FALLBACK
 
         command += ["--chat-template-file", str(FALLBACK)]
-    command += ["--rpc", ",".join(options.rpc)] if options.rpc else []
     return command + overrides.arguments(made_up) + list(options.extra)
 
 
@@ -357,6 +366,7 @@ def _environment(options: ServerOptions) -> dict[str, str]:
     if dropped:
         console.warn(f"{', '.join(dropped)}: ignored; give llama-server arguments after --")
     env = {name: value for name, value in os.environ.items() if name not in dropped}
+    env |= options.plan.environment() if options.plan else {}
     if not console.is_verbose():
         # An engine that ends itself would start a debugger for a report first, and be away for seconds.
         env.setdefault("GGML_NO_BACKTRACE", "1")

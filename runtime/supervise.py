@@ -14,6 +14,7 @@ from typing import NoReturn
 from hymoe import console
 from hymoe.runtime.endpoint import Endpoint, is_loopback
 from hymoe.runtime.monitor import Monitor
+from hymoe.runtime.placing import place, smaller, summary
 from hymoe.runtime.process import Terminated, signals_as_exceptions
 from hymoe.runtime.router import mean_experts
 from hymoe.runtime.server import DEFAULT_CTX, Server, ServerExitError, ServerOptions
@@ -61,6 +62,7 @@ class Supervisor:
         self._pause = pause
         self._backoff = Backoff()
         self._has_served = False
+        self._is_smaller = False  # a plan is stepped down once
 
     def run(self) -> NoReturn:
         """Serve until something raised ends it: ServerExitError where the engine is given up or ended in order."""
@@ -79,6 +81,10 @@ class Supervisor:
 
     def _recover(self, exc: ServerExitError, served_seconds: float | None) -> None:
         """Prepare the next start, or raise `exc` where there is none."""
+        if exc.out_of_memory and not self._is_smaller and (found := smaller(self._options)) and found.plan:
+            console.warn(f"{exc}; once more with less: {summary(found.plan)}")
+            self._options, self._is_smaller = found, True
+            return
         # Whoever asked the engine itself to end, with status 0, meant it.
         if not self._has_served or exc.status == 0:
             raise exc
@@ -103,11 +109,12 @@ def supervise(options: ServerOptions, drain: float = DRAIN_SECONDS) -> int:
 
     Ctrl-C, SIGTERM and SIGHUP let a healthy engine finish what it answers, for `drain` seconds at most, and give 0; a
     second one, and one before it is healthy, gives 128 + the signal. An engine that ends in order by itself passes on
-    its status, one that crashes is started again. Raises as `Server` does.
+    its status, one that crashes is started again. The model goes where a plan says, unless `options` place it.
+    Raises as `Server` and `place` do.
     """
     with signals_as_exceptions():
         try:
-            return _Foreground(options, drain).run()
+            return _Foreground(place(options), drain).run()
         except ServerExitError as exc:
             show_exit(exc)
             return exc.status
@@ -168,6 +175,8 @@ class _Foreground:
     def run(self) -> int:
         log = f" (the engine's log: {self._options.log})" if self._options.log else ""
         console.status(f"loading {self._options.model}{log}")
+        if self._options.plan is not None:
+            console.status(summary(self._options.plan))
         try:
             Supervisor(self._options, self._look_after).run()
         except _Done:

@@ -394,7 +394,7 @@ def test_context_size(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_the_command_line(tiny: Path) -> None:
     options = ServerOptions(tiny, port=81, threads=3, api_key="secret", extra=("--temp", "0"))
     words = command_line(Path("llama-server"), peek(tiny), options, 512)
-    fixed = "--host 127.0.0.1 --port 81 --ctx-size 512 --no-context-shift --jinja --threads 3 --metrics"
+    fixed = "--host 127.0.0.1 --port 81 --no-context-shift --jinja --ctx-size 512 --threads 3 --metrics"
     assert words == ["llama-server", "--model", str(tiny), *fixed.split(), "--temp", "0"]
 
 
