@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from hymoe import console
 from hymoe.errors import PlacementError
-from hymoe.runtime import header
+from hymoe.runtime import header, workers
+from hymoe.runtime.planned import RAM
 from hymoe.runtime.server import ServerOptions, check_flags, context_size
 
 if TYPE_CHECKING:
+    from hymoe.runtime.machine import Machine
     from hymoe.runtime.planned import Plan, Wish
 
 # llama-server arguments that say where something goes: whoever gives one of them places the model.
@@ -29,17 +33,17 @@ WISHES: Final = {
     **dict.fromkeys(("-np", "--parallel"), "n_parallel"),
     **dict.fromkeys(("-ctk", "--cache-type-k"), "kv_type"),
 }
-# Factors for what stays free, where the plan before needed more than there was.
-MARGINS: Final = (2.0, 4.0, 8.0)
+# Of what a plan took of a memory that was too small for it: what the next one may count on.
+LESS: Final = 0.9
 
 
-def place(options: ServerOptions, margin: float = 1.0) -> ServerOptions:
+def place(options: ServerOptions) -> ServerOptions:
     """Give the options with a plan, or as they are where they place the model themselves, which is said.
 
-    margin: a factor for what stays free. Raises PlacementError where nothing fits, ModelFileError and EngineError as
-    `Server` does.
+    Raises PlacementError where nothing fits, ModelFileError, ServerError and EngineError as `Server` does.
     """
     from hymoe import engine
+    from hymoe.runtime.machine import probe
 
     check_flags(options.extra)
     about = header.peek(options.model)
@@ -47,22 +51,38 @@ def place(options: ServerOptions, margin: float = 1.0) -> ServerOptions:
     if given := [word for word in options.extra if word.split("=", 1)[0] in PLACING]:
         console.status(f"placed as {given[0]} says, without a plan")
         return options
+    workers.check(options.rpc)
     n_ctx = None if options.ctx is None else context_size(options.ctx, about)
-    return replace(options, plan=_plan(options, replace(_wish(options, about), n_ctx=n_ctx, margin=margin)))
+    wish = replace(_wish(options, about), n_ctx=n_ctx)
+    return replace(options, plan=_plan(options.model, probe(threads=options.threads, rpc=options.rpc), wish))
 
 
-def smaller(options: ServerOptions) -> ServerOptions | None:
-    """Give the options with a plan that leaves more free, as the machine is now; None where there is none."""
+def smaller(options: ServerOptions, complaints: Sequence[str]) -> ServerOptions | None:
+    """Give the options with a plan that takes less of the memory that was too small; None where there is none.
+
+    complaints: what the engine's log says of it. Where that names no device of the plan, it is all of them, or RAM
+    where the plan has none or the log speaks of the CPU's buffers.
+    """
+    from hymoe.runtime.machine import probe
+
     if options.plan is None:
         return None
-    for margin in MARGINS:
-        try:
-            found = place(options, margin)
-        except PlacementError:
-            return None
-        if found.plan is not None and found.plan.arguments() != options.plan.arguments():
-            return found
-    return None
+    took = {memory.name: int(LESS * memory.used) for memory in options.plan.memories}
+    text = " ".join(complaints)
+    named = {device.name for device in options.plan.devices if device.name in text}
+    if not named and not re.search(r"\bCPU|_Host\b", text):
+        named = {device.name for device in options.plan.devices}
+    machine = probe(threads=options.threads, rpc=options.rpc)
+    devices = tuple(
+        replace(device, free=min(device.free, took[device.name])) if device.name in named else device
+        for device in machine.devices
+    )
+    ram = machine.ram_usable if named else min(machine.ram_usable, took[RAM])
+    try:
+        plan = _plan(options.model, replace(machine, devices=devices, ram_usable=ram), options.plan.wish)
+    except PlacementError:
+        return None
+    return replace(options, plan=plan)
 
 
 def summary(plan: Plan) -> str:
@@ -77,13 +97,11 @@ def summary(plan: Plan) -> str:
     return f"plan: {'; '.join([*parts[:-2], ', '.join(parts[-2:])])} (hy-plan says more)"
 
 
-def _plan(options: ServerOptions, wish: Wish) -> Plan:
+def _plan(model: Path, machine: Machine, wish: Wish) -> Plan:
     from hymoe.runtime import layout
-    from hymoe.runtime.machine import probe
     from hymoe.runtime.settle import settle
 
-    machine = probe(threads=options.threads, rpc=options.rpc)
-    return settle(options.model, layout.read(options.model), machine, wish)
+    return settle(model, layout.read(model), machine, wish)
 
 
 def _wish(options: ServerOptions, about: header.Header) -> Wish:

@@ -96,14 +96,15 @@ class ServerOptions:
 class ServerExitError(ServerError):
     """The engine ended by itself.
 
-    status: what a shell would show. tail: the last lines it wrote. served: whether it had been healthy.
+    status: what a shell would show. tail: the last lines it wrote. served: whether it had been healthy. complaints:
+    its lines about memory.
     out_of_memory: whether it ended for want of memory, by what it said, or was killed while it loaded, as the kernel
     does it.
     """
 
     def __init__(self, returncode: int, log: list[str], *, served: bool) -> None:
-        short = any(MEMORY_LINE.search(line) for line in log) or returncode == -signal.SIGKILL
-        self.out_of_memory = short and not served
+        self.complaints = [line for line in log if MEMORY_LINE.search(line)]
+        self.out_of_memory = not served and (bool(self.complaints) or returncode == -signal.SIGKILL)
         self.served = served
         self.tail = log[-TAIL_LINES:]
         # What never served has not succeeded.

@@ -81,7 +81,7 @@ class Supervisor:
 
     def _recover(self, exc: ServerExitError, served_seconds: float | None) -> None:
         """Prepare the next start, or raise `exc` where there is none."""
-        if exc.out_of_memory and not self._is_smaller and (found := smaller(self._options)) and found.plan:
+        if (found := self._smaller(exc)) and found.plan:
             console.warn(f"{exc}; once more with less: {summary(found.plan)}")
             self._options, self._is_smaller = found, True
             return
@@ -94,6 +94,9 @@ class Supervisor:
             raise exc
         console.warn(f"{exc}; starting it again in {delay:g} s")
         self._pause(delay)
+
+    def _smaller(self, exc: ServerExitError) -> ServerOptions | None:
+        return smaller(self._options, exc.complaints) if exc.out_of_memory and not self._is_smaller else None
 
     def _await_worker(self, exc: WorkerError) -> None:
         """Wait a while for a machine that is away; raises `exc` where it has never been there."""

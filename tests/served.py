@@ -73,11 +73,19 @@ class Served:
 
 @contextmanager
 def served(
-    model: Path, *arguments: object, port: int | None = None, env: Mapping[str, str] | None = None, ready: bool = True
+    model: Path,
+    *arguments: object,
+    env: Mapping[str, str] | None = None,
+    ready: bool = True,
+    address_space: int | None = None,
 ) -> Iterator[Served]:
-    """Run hy-serve on a free port; unless `ready` is False, the block begins when it is ready."""
-    port = free_port() if port is None else port
-    words = command("hy-serve", model, "--port", port, "--threads", 1, *arguments)
+    """Run hy-serve on a free port; unless `ready` is False, the block begins when it is ready.
+
+    address_space: bytes that it and its engine may have, each.
+    """
+    port = free_port()
+    words = [] if address_space is None else ["sh", "-c", f'ulimit -v {address_space >> 10}; exec "$@"', "sh"]
+    words += command("hy-serve", model, "--port", port, "--threads", 1, *arguments)
     environment = {**os.environ, **(env or {})}
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
         server = Served(process, port)

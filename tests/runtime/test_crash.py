@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
+import re
 import shutil
 import signal
 import socket
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import tiny_model
 from served import Served, Streaming, children_of, free_port, served, streaming
 from talker import ENDLESS, write_talker
 from terminal import TIMEOUT, command, ends, engine_of, is_running, run
@@ -110,7 +111,7 @@ def test_a_model_that_is_gone_after_a_crash_is_one_line(llama_server: Path, copy
         os.kill(server.engine, signal.SIGKILL)
         assert server.end() == 1
     assert server.lines[-1] == f"error: {copy}: no such file: expected a GGUF file; hy-convert makes one\n"
-    assert len(server.lines) == 5  # loading, no key, ready, the crash, this
+    assert len(server.lines) == 6  # loading, the plan, no key, ready, the crash, this
 
 
 def test_a_port_that_is_taken_after_a_crash_is_one_line(llama_server: Path, talker: Path) -> None:
@@ -244,22 +245,40 @@ def fill(file: Path) -> None:
 
 def test_too_little_memory_is_one_line(llama_server: Path, tmp_path: Path) -> None:
     huge = write_model(tmp_path / "huge.gguf", template=fallback(), trained=50_000_000)
-    words = command("hy-serve", huge, "--port", free_port(), "-q", "--ctx", 0)
-    limit = 4 << 30
-    done = subprocess.run(
-        words,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-        check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
-    )
+    words = ("-q", "--ctx", 0, "--", "--gpu-layers", "0")
+    with served(huge, *words, ready=False, address_space=4 << 30) as server:
+        assert server.end() == 1
+    (line,) = server.lines
+    assert line.startswith("error: the engine stopped while it was starting: ")
+    assert line.endswith("it needs more memory than there is: a smaller --ctx, or a file with fewer bits, needs less\n")
+
+
+def test_a_model_that_does_not_fit_is_one_line(llama_server: Path, tmp_path: Path) -> None:
+    huge = write_model(tmp_path / "huge.gguf", template=fallback(), trained=50_000_000)
+    done = run(command("hy-serve", huge, "--port", free_port(), "-q", "--ctx", 0))
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("error: the engine stopped while it was starting: ")
-    assert done.stderr.endswith(
-        "it needs more memory than there is: a smaller --ctx, or a file with fewer bits, needs less\n"
-    )
+    assert done.stderr.startswith("error: huge.gguf with a context of 50000000 tokens does not fit: got ")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_plan_that_needs_too_much_is_stepped_down_once(
+    llama_server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its cache takes 1 GiB at 32768 tokens, and the process may have 1 GiB in all."""
+    for name, value in {"N_LAYER": 1, "N_HEAD": 64, "N_HEAD_KV": 64, "HEAD_DIM": 128}.items():
+        monkeypatch.setattr(tiny_model, name, value)
+    wide = write_model(tmp_path / "wide.gguf", template=fallback(), trained=32768)
+    # glibc would reserve addresses for every thread.
+    with served(wide, env={"MALLOC_ARENA_MAX": "1"}, address_space=1 << 30) as server:
+        assert "content" in server.ask(prompt="Hello", n_predict=4).json()
+        server.process.send_signal(signal.SIGTERM)
+        assert server.end() == 0
+    contexts = [int(found) for line in server.lines for found in re.findall(r"plan: context (\d+)", line)]
+    assert contexts[0] == 32768 > contexts[1]
+    (warning,) = (line for line in server.lines if line.startswith("warning"))
+    assert "; it needs more memory than there is: " in warning
+    assert f"; once more with less: plan: context {contexts[1]}, " in warning
+    assert f"(context {contexts[1]})" in server.lines[-2]
 
 
 def drained(server: Served, client: Streaming) -> None:
@@ -272,7 +291,7 @@ def drained(server: Served, client: Streaming) -> None:
 
 
 def test_a_stop_lets_running_answers_finish(llama_server: Path, talker: Path) -> None:
-    question = {"prompt": "count<|extra_0|>", "n_predict": 6000, "repeat_penalty": 1, "stream": True}
+    question = {"prompt": "count<|extra_0|>", "n_predict": 4000, "repeat_penalty": 1, "stream": True}
     with served(talker, "--ctx", 8192) as server:
         client = Streaming(server.url, question)
         client.start()
@@ -280,7 +299,7 @@ def test_a_stop_lets_running_answers_finish(llama_server: Path, talker: Path) ->
         drained(server, client)
         client.join(TIMEOUT)
         assert (server.end(), client.error) == (0, None)
-    assert "".join(client.pieces) == 3000 * "one two"
+    assert "".join(client.pieces) == 2000 * "one two"
     assert not [line for line in server.lines if line.startswith("warning")]
 
 
