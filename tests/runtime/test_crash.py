@@ -269,7 +269,8 @@ def test_a_plan_that_needs_too_much_is_stepped_down_once(
         monkeypatch.setattr(tiny_model, name, value)
     wide = write_model(tmp_path / "wide.gguf", template=fallback(), trained=32768)
     # glibc would reserve addresses for every thread.
-    with served(wide, env={"MALLOC_ARENA_MAX": "1"}, address_space=1 << 30) as server:
+    f16 = ("--", "--cache-type-k", "f16", "--cache-type-v", "f16")
+    with served(wide, *f16, env={"MALLOC_ARENA_MAX": "1"}, address_space=1 << 30) as server:
         assert "content" in server.ask(prompt="Hello", n_predict=4).json()
         server.process.send_signal(signal.SIGTERM)
         assert server.end() == 0
