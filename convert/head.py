@@ -12,11 +12,10 @@ from gguf import GGMLQuantizationType, GGUFValueType
 
 from hymoe import sizes
 from hymoe.errors import ModelFileError
-from hymoe.gguf_head import ARRAY, MAX_KEY_BYTES, SCALARS, STRING, Cursor, cursor, shown
+from hymoe.gguf_head import ARRAY, SCALARS, STRING, Cursor, TensorInfo, cursor
 
-MAX_DIMS = 4
-# Far above any model's. What is built is some 100 bytes for each: a crafted file must not fill the memory.
-MAX_ENTRIES, MAX_TENSORS, MAX_ELEMENTS = 1 << 16, 1 << 16, 4 << 20  # elements: of all arrays together
+# As the tensors' limits in gguf_head.
+MAX_ENTRIES, MAX_ELEMENTS = 1 << 16, 4 << 20  # elements: of all arrays together
 MAX_ALIGNMENT = 1 << 20
 
 
@@ -61,16 +60,13 @@ class _Reader:
 
     def head(self) -> Head:
         n_tensors, n_kv = self.at.begin()
-        self._limit("metadata entries", n_kv, MAX_ENTRIES)
-        self._limit("tensors", n_tensors, MAX_TENSORS)
+        self.at.limit("metadata entries", n_kv, MAX_ENTRIES)
         entries = self._entries(n_kv)
         alignment = self._alignment(entries)
         begin, ends, shapes = self.at.at, [0], {}
-        for index in range(n_tensors):
-            self.at.where = f"tensor {index + 1} of {n_tensors}"
-            name, shape, end = self._tensor()
-            shapes[name] = shape
-            ends.append(end)
+        for tensor in self.at.tensors(n_tensors):
+            shapes[tensor.name] = tensor.shape
+            ends.append(tensor.offset + self._bytes(tensor))
         table = self.at.data[begin : self.at.at]
         offset = sizes.padded(self.at.at, alignment)
         return Head(entries, shapes, table, alignment, offset, offset + max(ends))
@@ -87,7 +83,7 @@ class _Reader:
     def _array(self) -> list[Any]:
         kind, count = self.at.array()
         self.n_elements += count
-        self._limit("elements of arrays", self.n_elements, MAX_ELEMENTS)
+        self.at.limit("elements of arrays", self.n_elements, MAX_ELEMENTS)
         if kind == STRING:
             return [self.at.string() for _ in range(count)]
         begin = self.at.at
@@ -103,18 +99,8 @@ class _Reader:
             raise self.at.malformed(found, f"a power of two up to {MAX_ALIGNMENT}")
         return alignment
 
-    def _tensor(self) -> tuple[str, tuple[int, ...], int]:
-        """Give name, row-major shape and the end of the data, counted from where data begin."""
-        name, n_dims = self.at.string(MAX_KEY_BYTES), self.at.u32()
-        self.at.where = f"tensor {shown(name)}"
-        self._limit("dimensions", n_dims, MAX_DIMS, least=1)
-        shape = tuple(reversed([self.at.u64() for _ in range(n_dims)]))
-        kind, offset = self.at.u32(), self.at.u64()
+    def _bytes(self, tensor: TensorInfo) -> int:
         try:
-            return name, shape, offset + sizes.tensor_bytes(shape, GGMLQuantizationType(kind))
+            return sizes.tensor_bytes(tensor.shape, GGMLQuantizationType(tensor.kind))
         except ValueError as exc:  # no such type, or a row that is no whole number of its blocks
             raise self.at.malformed(str(exc), "a tensor of a known type") from exc
-
-    def _limit(self, what: str, count: int, most: int, *, least: int = 0) -> None:
-        if not least <= count <= most:
-            raise self.at.malformed(f"{count} {what}", f"from {least} to {most}" if least else f"at most {most}")

@@ -176,7 +176,7 @@ def _make(recipe: Recipe, compiler: toolchain.Compiler, entry: Path, options: Bu
             scratch / "source",
             scratch / "build",
             arguments=[*compiler.arguments, *recipe.flags],
-            targets=cmake.TARGETS,
+            targets=cmake.TARGETS if options.stock else (*cmake.TARGETS, *cmake.OUR_TARGETS),
             jobs=jobs,
             log=_log(recipe),
             label=f"building the engine ({recipe.backend}, {jobs} {'job' if jobs == 1 else 'jobs'})",

@@ -28,6 +28,7 @@ TARGETS: Final = (
     "llama-quantize",
     "ggml-rpc-server",
 )
+OUR_TARGETS: Final = ("hymoe-measure",)  # which the stock source does not have
 ERROR_LINES: Final = 12
 
 _COMMON: Final = {

@@ -5,21 +5,22 @@ Arrays are skipped, not built: a vocabulary of 128,000 strings costs some 50 ms 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
 from hymoe.errors import ModelFileError
-from hymoe.gguf_head import ARRAY, SCALARS, STRING, Cursor, Scalar, cursor
+from hymoe.gguf_head import ARRAY, SCALARS, STRING, Cursor, Scalar, TensorInfo, cursor
 
 ARCHITECTURES = ("hunyuan-moe", "hunyuan-large")
 TOKENS = "tokenizer.ggml.tokens"
 
 
 @dataclass(frozen=True)
-class Strings:
-    """Where an array of strings lies in the file: `count` of them from byte `offset`."""
+class Span:
+    """Where a list lies in the file: `count` entries from byte `offset`."""
 
     count: int
     offset: int
@@ -27,11 +28,15 @@ class Strings:
 
 @dataclass(frozen=True)
 class Header:
-    """What the head of a GGUF says: every key whose value is no array, and where the arrays of strings are."""
+    """What the head of a GGUF says: every key whose value is no array, and where the arrays of strings are.
+
+    table: where the tensor table lies, one line of it for each tensor.
+    """
 
     path: Path
     scalars: Mapping[str, Scalar]
-    strings: Mapping[str, Strings] = field(default_factory=dict)
+    strings: Mapping[str, Span] = field(default_factory=dict)
+    table: Span = Span(0, 0)
 
     @property
     def architecture(self) -> str:
@@ -98,6 +103,32 @@ def read(path: Path) -> Header:
         return _header(at)
 
 
+def parts(model: Path) -> list[Path]:
+    """Give the files of a model: those beside a first part `NAME-00001-of-00004.gguf` too, as far as they are there."""
+    found = re.fullmatch(r"(.*)-00001-of-(\d{5})\.gguf", model.name)
+    if found is None:
+        return [model]
+    names = [f"{found[1]}-{number:05}-of-{found[2]}.gguf" for number in range(2, int(found[2]) + 1)]
+    return [model, *(part for name in names if (part := model.with_name(name)).is_file())]
+
+
+def tensors(first: Header) -> list[TensorInfo]:
+    """Read the tensor tables of all parts of a model. Raises ModelFileError as `read` does, and for a missing part."""
+    files = parts(first.path)
+    wanted = first.scalars.get("split.count", 1)
+    if wanted and len(files) != wanted:
+        raise ModelFileError(
+            f"{first.path}: parts", got=len(files), expected=wanted, fix="download the others beside it"
+        )
+    found: list[TensorInfo] = []
+    for file in files:
+        header = first if file == first.path else read(file)
+        with cursor(file) as at:
+            at.at = header.table.offset
+            found += at.tensors(header.table.count)
+    return found
+
+
 def token_ids(header: Header, wanted: Collection[str]) -> dict[str, int]:
     """Find tokens by their text; of a text that is there twice the last. Raises ModelFileError as `read` does."""
     array = header.strings.get(TOKENS)
@@ -110,21 +141,21 @@ def token_ids(header: Header, wanted: Collection[str]) -> dict[str, int]:
 
 
 def _header(at: Cursor) -> Header:
-    _n_tensors, n_kv = at.begin()
+    n_tensors, n_kv = at.begin()
     scalars: dict[str, Scalar] = {}
-    strings: dict[str, Strings] = {}
+    strings: dict[str, Span] = {}
     for key, kind in at.keys(n_kv):
         if kind != ARRAY:
             scalars[key] = at.single(kind)
         elif found := _skip_array(at):
             strings[key] = found
-    return Header(at.path, MappingProxyType(scalars), MappingProxyType(strings))
+    return Header(at.path, MappingProxyType(scalars), MappingProxyType(strings), Span(n_tensors, at.at))
 
 
-def _skip_array(at: Cursor) -> Strings | None:
+def _skip_array(at: Cursor) -> Span | None:
     """Step over an array, and say where it is if it is one of strings."""
     kind, count = at.array()
-    found = Strings(count, at.at) if kind == STRING else None
+    found = Span(count, at.at) if kind == STRING else None
     if found:
         at.skip_strings(count)
     else:

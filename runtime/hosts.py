@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-import re
 import secrets
 import tempfile
 import time
@@ -195,19 +194,10 @@ def identity(options: ServerOptions) -> dict[str, Any]:
 def fingerprint(model: Path) -> dict[str, Any]:
     """Tell a model from others without reading all of it: the size of each part, and a hash of every part's ends."""
     sizes, ends = [], hashlib.sha256()
-    for part in parts(model):
+    for part in header.parts(model):
         sizes.append(part.stat().st_size)
         with part.open("rb") as file:
             ends.update(file.read(_SAMPLE_BYTES))
             file.seek(max(sizes[-1] - _SAMPLE_BYTES, 0), os.SEEK_SET)
             ends.update(file.read(_SAMPLE_BYTES))
     return {"name": model.name, "bytes": sizes, "sha256": ends.hexdigest()[:32]}
-
-
-def parts(model: Path) -> list[Path]:
-    """Give the files of a model: those beside a first part `NAME-00001-of-00004.gguf` too, as far as they are there."""
-    found = re.fullmatch(r"(.*)-00001-of-(\d{5})\.gguf", model.name)
-    if found is None:
-        return [model]
-    names = [f"{found[1]}-{number:05}-of-{found[2]}.gguf" for number in range(2, int(found[2]) + 1)]
-    return [model, *(part for name in names if (part := model.with_name(name)).is_file())]

@@ -29,6 +29,8 @@ MUST_NOT_IMPORT = {
     "imatrix": {"convert", "runtime"},
     "runtime": {"convert", "imatrix"},
 }
+# The one place that may all the same: hy-plan asks what a checkpoint would become.
+MAY_IMPORT = {"runtime/plan_cli.py": {"convert"}}
 # Libraries that belong to one place.
 OWNERS = {
     "google": "convert/vocab",
@@ -85,9 +87,10 @@ def test_rooms_import_only_what_they_may_know() -> None:
     wrong = []
     for file in SOURCES:
         room = file.relative_to(ROOT).parts[0]
+        forbidden = MUST_NOT_IMPORT[room] - MAY_IMPORT.get(where(file), set())
         for node, module in imports(file):
             parts = module.split(".")
-            if parts[0] == "hymoe" and len(parts) > 1 and parts[1] in MUST_NOT_IMPORT[room]:
+            if parts[0] == "hymoe" and len(parts) > 1 and parts[1] in forbidden:
                 wrong.append(f"{where(file, node)} imports {module}")
     assert not wrong
 

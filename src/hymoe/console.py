@@ -16,11 +16,12 @@ from hymoe.errors import HyError
 
 if TYPE_CHECKING:
     import typer
-    from rich.console import RenderableType
+    from rich.console import Console, RenderableType
 
 PLAIN_PROGRESS_SECONDS = 5.0
 
 _verbosity = 0
+_drawing: Console | None = None  # what a bar or a line at the foot is drawn on: other lines go above it
 
 
 class Tick(Protocol):
@@ -92,11 +93,30 @@ def progress(label: str, total: float, *, unit: str = "B", done: float = 0.0) ->
     """
     if _verbosity < 0:
         yield lambda _amount: None
-    elif sys.stderr.isatty():
+    elif can_draw():
         with _bar(label, total, unit, done) as tick:
             yield tick
     else:
         yield _plain(label, total, unit, done)
+
+
+@contextmanager
+def status_line() -> Iterator[Callable[[str], None]]:
+    """Keep one line at the foot of the terminal: call what is given with its new text. Elsewhere nothing is shown."""
+    if not can_draw():
+        yield lambda _text: None
+        return
+    from rich.live import Live
+    from rich.text import Text
+
+    console = _stderr()
+    with Live(console=console, auto_refresh=False, transient=True) as live, _drawing_on(console):
+        yield lambda text: live.update(Text(text, no_wrap=True, overflow="ellipsis"), refresh=True)
+
+
+def can_draw() -> bool:
+    """Whether stderr is a terminal on which lines can be drawn again, and is to be used (no -q)."""
+    return _verbosity >= 0 and sys.stderr.isatty() and not _stderr().is_dumb_terminal
 
 
 def format_bytes(n: float) -> str:
@@ -125,20 +145,35 @@ def run(app: typer.Typer, argv: Sequence[str] | None, prog: str) -> int:
 
 
 def _err(text: str, style: str | None = None) -> None:
-    from rich.console import Console
     from rich.text import Text
 
-    Console(stderr=True, highlight=False, soft_wrap=True).print(Text(text, style=style or ""))
+    (_drawing or _stderr()).print(Text(text, style=style or ""), soft_wrap=True)
+
+
+def _stderr() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+@contextmanager
+def _drawing_on(console: Console) -> Iterator[None]:
+    global _drawing  # noqa: PLW0603 - one process, one console
+    _drawing = console
+    try:
+        yield
+    finally:
+        _drawing = None
 
 
 @contextmanager
 def _bar(label: str, total: float, unit: str, done: float) -> Iterator[Tick]:
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     amounts = (DownloadColumn(), TransferSpeedColumn()) if unit == "B" else (TextColumn("{task.percentage:>3.0f} %"),)
     columns = (TextColumn("{task.description}"), BarColumn(), *amounts, TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = _stderr()
+    with Progress(*columns, console=console, transient=True) as bar, _drawing_on(console):
         task = bar.add_task(label, total=total, completed=int(done))
         yield lambda amount: bar.advance(task, amount)
 

@@ -7,6 +7,7 @@ HyError                 one clear line: what, got, expected, what to do
 │   └── HubError        the hub: unreachable, no access, not found, damaged on the way
 ├── OutputError         the output file: exists, disk too small, cannot be written
 ├── ModelFileError      a GGUF that is not one, or not of this family
+├── PlacementError      the model does not fit this machine as asked
 ├── EngineError         the engine: download, patches, compiler, build
 └── ServerError         the server process: port taken, died, not answering
 
@@ -58,6 +59,10 @@ class OutputError(HyError):
 
 class ModelFileError(HyError):
     """A model file is not a GGUF, or not one of this family."""
+
+
+class PlacementError(HyError):
+    """The model does not fit the machine as asked, or something is asked that no plan can give."""
 
 
 class EngineError(HyError):

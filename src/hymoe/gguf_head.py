@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from struct import Struct
+from typing import NamedTuple
 
 from hymoe.errors import ModelFileError
 
@@ -24,6 +25,8 @@ VERSIONS = (2, 3)
 # Keys are no longer by specification; no text of a real model comes near its limit.
 MAX_KEY_BYTES = 2**16 - 1
 MAX_TEXT_BYTES = 64 << 20  # all texts that are built, together
+# Far above any model's. What is built is some 100 bytes for each: a crafted file must not fill the memory.
+MAX_DIMS, MAX_TENSORS = 4, 1 << 16
 
 STRING, ARRAY = 8, 9
 U32, U64 = Struct("<I"), Struct("<Q")
@@ -41,6 +44,15 @@ SCALARS = {
     11: Struct("<q"),
     12: Struct("<d"),
 }
+
+
+class TensorInfo(NamedTuple):
+    """An entry of the tensor table: row-major `shape`, ggml's number of the type, offset from where the data begin."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: int
+    offset: int
 
 
 @contextmanager
@@ -104,6 +116,22 @@ class Cursor:
             key = self.string(MAX_KEY_BYTES)
             self.where = shown(key)
             yield key, self.u32()
+
+    def tensors(self, count: int) -> Iterator[TensorInfo]:
+        """Read the tensor table, which follows the metadata."""
+        self.limit("tensors", count, MAX_TENSORS)
+        for index in range(count):
+            self.where = f"tensor {index + 1} of {count}"
+            name, n_dims = self.string(MAX_KEY_BYTES), self.u32()
+            self.where = f"tensor {shown(name)}"
+            self.limit("dimensions", n_dims, MAX_DIMS, least=1)
+            shape = tuple(reversed([self.u64() for _ in range(n_dims)]))
+            yield TensorInfo(name, shape, self.u32(), self.u64())
+
+    def limit(self, what: str, count: int, most: int, *, least: int = 0) -> None:
+        """Raise for a number of things that no model has."""
+        if not least <= count <= most:
+            raise self.malformed(f"{count} {what}", f"from {least} to {most}" if least else f"at most {most}")
 
     def u32(self) -> int:
         """Read an unsigned number of 4 bytes."""

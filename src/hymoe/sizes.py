@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 # GGUF's default: every tensor starts on a multiple of this many bytes, counted from the start of the data.
 ALIGNMENT = 32
+# llama.cpp rounds the context up to a multiple of this many tokens.
+CTX_MULTIPLE = 256
 
 
 def padded(n_bytes: int, alignment: int = ALIGNMENT) -> int:
@@ -46,3 +48,14 @@ def tensor_bytes(shape: tuple[int, ...], qtype: GGMLQuantizationType) -> int:
 def data_bytes(tensors: Iterable[tuple[tuple[int, ...], GGMLQuantizationType]]) -> int:
     """Bytes of a GGUF data section that holds these (shape, type) tensors, padding included."""
     return sum(padded(tensor_bytes(shape, qtype)) for shape, qtype in tensors)
+
+
+def kv_bytes(n_embd_kv: int, n_ctx: int, kv_type: str) -> int:
+    """Bytes of one layer's keys and values, [n_ctx, n_embd_kv] each, in the type that llama.cpp calls `kv_type`.
+
+    Raises ValueError where a row is no whole number of the type's blocks.
+    """
+    from gguf import GGMLQuantizationType
+
+    rows = (padded(n_ctx, CTX_MULTIPLE), n_embd_kv)
+    return 2 * tensor_bytes(rows, GGMLQuantizationType[kv_type.upper()])

@@ -30,7 +30,7 @@ CMAKE_LISTS = """
 cmake_minimum_required(VERSION 3.21)
 project(tiny CXX)
 set(CMAKE_RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/bin)
-foreach(name llama-server llama-imatrix llama-perplexity llama-bench llama-quantize ggml-rpc-server)
+foreach(name llama-server llama-imatrix llama-perplexity llama-bench llama-quantize ggml-rpc-server hymoe-measure)
     add_executable(${name} tool.cpp)
 endforeach()
 if(GGML_CUDA AND NOT DEFINED ENV{TINY_MENDED})

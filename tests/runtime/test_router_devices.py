@@ -6,20 +6,15 @@ what stands in a dropped slot are those of a GPU.
 
 from __future__ import annotations
 
-import socket
-import subprocess
-import time
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
 from router_cases import N_VOCAB, WIDE, models
+from rpc_worker import rpc_worker
 
-from hymoe import engine
-from hymoe.runtime import process
 from hymoe.runtime.router import Router
 from hymoe.runtime.server import ServerOptions, serve
 
@@ -39,28 +34,8 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def worker() -> Iterator[str]:
-    """An RPC worker that computes with this machine's CPU."""
-    port = process.free_port("127.0.0.1")
-    command: list[str | Path] = [
-        engine.find().tool("ggml-rpc-server"),
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--threads",
-        "1",
-    ]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
-        try:
-            deadline = time.monotonic() + TIMEOUT
-            while time.monotonic() < deadline:
-                with closing(socket.socket()) as probe:
-                    if probe.connect_ex(("127.0.0.1", port)) == 0:
-                        break
-                time.sleep(0.05)
-            yield f"127.0.0.1:{port}"
-        finally:
-            child.terminate()
+    with rpc_worker() as address:
+        yield address
 
 
 def text(gguf: Path, router: Router, *extra: str) -> list[int]:

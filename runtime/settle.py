@@ -1,0 +1,50 @@
+"""A plan with measured buffers: search by formula, ask the engine, and search again where it differs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from hymoe.runtime import buffers, plan
+from hymoe.runtime.layout import Layout
+from hymoe.runtime.machine import Device, Machine
+from hymoe.runtime.planned import RAM, Plan, Setting, Tuned, Wish
+
+# Every round measures a setting, or one more placement of it; two or three are usual.
+MAX_ROUNDS: Final = 12
+
+
+def settle(file: Path, layout: Layout, machine: Machine, wish: Wish, tuned: Tuned | None = None) -> Plan:
+    """Make the best plan whose buffers the engine itself has counted. file: what `layout` was read from.
+
+    Raises PlacementError where nothing fits, EngineError where the engine refuses the model.
+    """
+    known: dict[object, dict[str, int]] = {}
+
+    def compute(layout: Layout, setting: Setting, devices: tuple[Device, ...]) -> Mapping[str, int]:
+        return known.get(_key(setting, devices)) or plan.predicted(layout, setting, devices)
+
+    for _ in range(MAX_ROUNDS):
+        found = plan.make(layout, machine, wish, tuned, compute)
+        measured = _measured(file, found)
+        exact = replace(found, memories=tuple(replace(m, compute=measured[m.name]) for m in found.memories))
+        key = _key(found.setting, found.devices)
+        if key in known and all(memory.free >= 0 for memory in exact.memories):
+            return exact
+        # what one placement needs, another of the same setting may need too
+        before = known.get(key, {})
+        known[key] = {name: max(n_bytes, before.get(name, 0)) for name, n_bytes in measured.items()}
+    return found
+
+
+def _key(setting: Setting, devices: tuple[Device, ...]) -> object:
+    """What buffers depend on besides the placement."""
+    return replace(setting, load="mmap", cache_ram=0), tuple(device.name for device in devices)
+
+
+def _measured(file: Path, found: Plan) -> dict[str, int]:
+    """Give the bytes of compute buffers by memory."""
+    answer = buffers.measure(file, found.arguments(), cards=found.machine.cards, min_batch=found.setting.stream_from)
+    return {RAM if name == buffers.HOST else name: memory.compute for name, memory in answer.items()}

@@ -1,0 +1,34 @@
+"""An RPC worker on this machine: a device whose memory is not ours."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from hymoe import engine
+from hymoe.runtime import process
+
+SECONDS = 300.0
+
+
+@contextmanager
+def rpc_worker() -> Iterator[str]:
+    """Run a worker that computes with this machine's CPU; gives its host:port."""
+    port = process.free_port("127.0.0.1")
+    command: list[str | Path] = [engine.find().tool("ggml-rpc-server"), "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--threads", "1"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
+        try:
+            deadline = time.monotonic() + SECONDS
+            while time.monotonic() < deadline:
+                with closing(socket.socket()) as probe:
+                    if probe.connect_ex(("127.0.0.1", port)) == 0:
+                        break
+                time.sleep(0.05)
+            yield f"127.0.0.1:{port}"
+        finally:
+            child.terminate()
