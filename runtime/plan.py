@@ -252,7 +252,7 @@ def _placed(
 
 
 def _fastest(weights: Weights, rooms: Sequence[Room], costs: Costs) -> tuple[Run, ...] | None:
-    found = placement.search(weights, rooms, costs.all(costs.host, costs.host))
+    found = placement.search(weights, tuple(rooms), costs.all(costs.host, costs.host))
     return None if found is None else found.runs
 
 
@@ -260,8 +260,8 @@ def _least_ram(weights: Weights, rooms: Sequence[Room], _costs: Costs) -> tuple[
     """Place so that RAM holds as little as possible, for where the fastest does not fit it."""
     n_layer = len(weights.fixed)
     in_ram = tuple(map(float, weights.experts))
-    by_bytes = [Room(room.capacity, (0.0,) * n_layer, in_ram) for room in rooms]
-    all_of_it = tuple(map(sum, zip(weights.fixed, weights.experts, strict=True)))
+    by_bytes = tuple(Room(room.capacity, (0.0,) * n_layer, in_ram) for room in rooms)
+    all_of_it = tuple(float(fixed + experts) for fixed, experts in zip(weights.fixed, weights.experts, strict=True))
     found = placement.search(weights, by_bytes, all_of_it)
     return None if found is None else found.runs
 

@@ -147,7 +147,13 @@ def _plan(file: Path, machine: Machine, wish: Wish, *, tune: bool) -> Plan:
     from hymoe.runtime import layout
     from hymoe.runtime.settle import settle
 
-    return settle(file, layout.read(file), machine, wish)
+    model = layout.read(file)
+    trained = model.shape.n_ctx_train
+    if wish.n_ctx and trained and wish.n_ctx > trained:
+        console.warn(
+            f"--ctx {wish.n_ctx} is more than the {trained} tokens the model was trained for: planned with those"
+        )
+    return settle(file, model, machine, wish)
 
 
 def _print(plan: Plan, model: str, *, as_json: bool) -> None:
@@ -159,6 +165,8 @@ def _print(plan: Plan, model: str, *, as_json: bool) -> None:
     console.table(plan_view.view(plan))
     console.result()
     console.result(plan_view.command(plan, model))
+    if plan.machine.is_paper:
+        console.status("the devices are on paper: put the names that `llama-server --list-devices` prints there")
 
 
 def lockable() -> int:

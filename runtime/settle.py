@@ -14,6 +14,7 @@ from hymoe.runtime.planned import RAM, Plan, Setting, Tuned, Wish
 
 # Every round measures a setting, or one more placement of it; two or three are usual.
 MAX_ROUNDS: Final = 12
+MORE_FREE: Final = 2.0  # what margins are multiplied by
 
 
 def settle(file: Path, layout: Layout, machine: Machine, wish: Wish, tuned: Tuned | None = None) -> Plan:
@@ -37,6 +38,12 @@ def settle(file: Path, layout: Layout, machine: Machine, wish: Wish, tuned: Tune
         before = known.get(key, {})
         known[key] = {name: max(n_bytes, before.get(name, 0)) for name, n_bytes in measured.items()}
     return found
+
+
+def smaller(file: Path, found: Plan) -> Plan:
+    """Make a plan that leaves more free, for where this one ran out of memory all the same. Raises as `settle`."""
+    wish = replace(found.wish, margin=found.wish.margin * MORE_FREE)
+    return settle(file, found.layout, found.machine, wish, found.tuned)
 
 
 def _key(setting: Setting, devices: tuple[Device, ...]) -> object:
