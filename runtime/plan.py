@@ -76,7 +76,7 @@ def fits(layout: Layout, machine: Machine, wish: Wish | None = None, compute: Co
         _placed(search, devices, setting, (_least_ram,))
         for devices in _subsets(machine.devices)
         for setting in search.settings(devices)
-        if setting.stream_from is None and setting.n_ubatch == min(search.ubatches(devices))
+        if setting.n_ubatch == min(search.ubatches(devices))
     )
 
 
@@ -169,8 +169,8 @@ class _Search:
             kv_type,
             n_ubatch,
             stream,
-            # values of a cache in blocks can only be read by flash attention
-            flash=tuned is None or tuned.flash or kv_type != "f16",
+            # tuned is the processor; values of a cache in blocks can only be read by flash attention
+            flash=tuned is None or tuned.flash or bool(devices) or kv_type != "f16",
             # beside a GPU, weights in RAM lie in memory that it reads itself: the engine repacks nothing there
             repack=tuned is None or tuned.repack or bool(devices),
             threads=tuned.threads if tuned else self.machine.n_fast_core,

@@ -98,7 +98,7 @@ def plan(
     from hymoe.runtime.planned import Wish
 
     console.set_verbosity(quiet=quiet, verbose=verbose)
-    workers = tuple(rpc.split(",")) if rpc else ()
+    workers = tuple(worker for worker in (rpc or "").split(",") if worker)
     wish = Wish(n_ctx=ctx, purpose=purpose, kv_type=kv, n_parallel=parallel, rpc=workers, lockable=lockable())
     with _file(model, quant, recipe) as file:
         machine = with_cards(probe(ram=ram, threads=threads, rpc=workers), vram or ())
@@ -157,14 +157,17 @@ def _plan(file: Path, machine: Machine, wish: Wish, *, tune: bool) -> Plan:
 
 
 def _print(plan: Plan, model: str, *, as_json: bool) -> None:
+    from hymoe import engine
     from hymoe.runtime import plan_view
 
     if as_json:
         console.result(json.dumps(plan.to_json(), indent=2))
         return
+    tool = "llama-server" if plan.machine.is_paper else str(engine.find().tool("llama-server"))
+    file = model if model.endswith(".gguf") else plan.layout.name
     console.table(plan_view.view(plan))
     console.result()
-    console.result(plan_view.command(plan, model))
+    console.result(plan_view.command(plan, tool, file))
     if plan.machine.is_paper:
         console.status("the devices are on paper: put the names that `llama-server --list-devices` prints there")
 

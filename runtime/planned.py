@@ -202,6 +202,7 @@ class Plan:
             "model": self.layout.name,
             "architecture": self.layout.architecture,
             "model_bytes": self.layout.n_bytes,
+            "machine": self.machine.to_json(),
             "setting": asdict(self.setting) | {"n_batch": self.setting.n_batch},
             "layers": {
                 "host": self.n_host_layers,
