@@ -28,7 +28,7 @@ SMALL_LARGE = replace(SMALL, architecture="hunyuan-large", n_expert_used=1, shar
 MODELS = {"a13b": A13B, "large": LARGE, "small": SMALL, "small-large": SMALL_LARGE}
 
 TOLERANCE = 0.03  # of a device's total
-LOADED = "server is listening"
+LOADED = "sched_reserve: reserve took"  # its last buffer is there
 LINE = re.compile(r": +(\S+) +(model|KV|compute) buffer size = +([\d.]+) MiB")
 KINDS = {"model": "weights", "KV": "kv", "compute": "compute"}
 ROUNDING = 0.01 * 2**20  # MiB with two digits after the point
@@ -125,7 +125,7 @@ def allocated(model: Path, arguments: Sequence[str]) -> dict[str, Breakdown]:
                 sums[KINDS[row[2]]] += float(row[3]) * 2**20
             if LOADED in line:
                 break
-        server.terminate()
+        server.kill()
         assert LOADED in lines[-1], "".join(lines)[-3000:]
     return {name: Breakdown(**{kind: round(size) for kind, size in sums.items()}) for name, sums in found.items()}
 
@@ -214,7 +214,7 @@ def test_answers_are_remembered_by_what_was_asked(files: dict[str, Path], cache:
     measuring.forget("buffers")
     case = Case("cpu", "small", "f16", 512)
     first = buffers.measure(files["small"], case.arguments)
-    assert buffers.measure(files["small"], case.arguments) == first
+    assert buffers.measure(paper.write(files["small"].with_name("again.gguf"), SMALL), case.arguments) == first
     assert len(list((cache / "measured").glob("buffers-*.json"))) == 1
     wider = buffers.measure(files["small"], replace(case, ubatch=1024).arguments)
     assert wider[HOST].compute > first[HOST].compute
@@ -226,9 +226,9 @@ def test_answers_are_remembered_by_what_was_asked(files: dict[str, Path], cache:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--cache-type-k", "q8_0", "--cache-type-v", "q8_0"], "80"),
-        (["--override-tensor", "exps=GPU7"], "GPU7"),
-        (["--ctx-size", "many"], "--ctx-size"),
+        (["--cache-type-k", "q8_0", "--cache-type-v", "q8_0"], "heads of 80 values"),
+        (["--override-tensor", "exps=GPU7"], "unknown buffer type"),
+        (["--ctx-size", "many"], 'argument "--ctx-size"'),
     ],
 )
 def test_the_engine_says_why_not(files: dict[str, Path], arguments: list[str], says: str) -> None:
@@ -237,10 +237,10 @@ def test_the_engine_says_why_not(files: dict[str, Path], arguments: list[str], s
 
 
 def test_a_file_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(ModelFileError, match="cannot be read"):
+    with pytest.raises(ModelFileError, match="no such file"):
         buffers.measure(tmp_path / "absent.gguf", [])
     (tmp_path / "text.gguf").write_text("no model")
-    with pytest.raises(EngineError, match="cannot measure"):
+    with pytest.raises(ModelFileError, match="not a GGUF"):
         buffers.measure(tmp_path / "text.gguf", [])
 
 
