@@ -18,9 +18,10 @@ from hymoe.runtime.forecast import Costs, speeds
 from hymoe.runtime.layout import Layout
 from hymoe.runtime.machine import Device, Machine
 from hymoe.runtime.placement import Room, Run, Weights
-from hymoe.runtime.planned import PURPOSES, RAM, LoadMode, Memory, Plan, Setting, Tuned, Wish
+from hymoe.runtime.planned import PURPOSES, RAM, LoadMode, Memory, Plan, Setting, Wish
 from hymoe.runtime.roofline import Use
 from hymoe.runtime.router import MAX_WHOLE_PROMPT
+from hymoe.runtime.tune import Tuned
 
 MIB: Final = 1 << 20
 

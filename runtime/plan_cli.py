@@ -20,6 +20,7 @@ from hymoe.sizes import parse_size
 if TYPE_CHECKING:
     from hymoe.runtime.machine import Machine
     from hymoe.runtime.planned import Plan, Wish
+    from hymoe.runtime.tune import Tuned
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 
@@ -98,6 +99,8 @@ def plan(
     from hymoe.runtime.planned import Wish
 
     console.set_verbosity(quiet=quiet, verbose=verbose)
+    if tune and not model.endswith(".gguf"):
+        raise PlacementError("--tune", got="a checkpoint", expected="a GGUF", fix="what is measured is its weights")
     workers = tuple(worker for worker in (rpc or "").split(",") if worker)
     wish = Wish(n_ctx=ctx, purpose=purpose, kv_type=kv, n_parallel=parallel, rpc=workers, lockable=lockable())
     with _file(model, quant, recipe) as file:
@@ -153,7 +156,19 @@ def _plan(file: Path, machine: Machine, wish: Wish, *, tune: bool) -> Plan:
         console.warn(
             f"--ctx {wish.n_ctx} is more than the {trained} tokens the model was trained for: planned with those"
         )
-    return settle(file, model, machine, wish)
+    found = settle(file, model, machine, wish, _tuned(file, machine, wanted=tune))
+    if found.tuned is None and not machine.is_paper and (found.ram.experts or found.ram.layers):
+        console.status("threads, ubatch and repacking are assumed: `hy-plan --tune` measures them, in about a minute")
+    return found
+
+
+def _tuned(file: Path, machine: Machine, *, wanted: bool) -> Tuned | None:
+    """Measure if that is wanted, else give what was measured before."""
+    from hymoe.runtime import tune
+
+    if not wanted:
+        return tune.known(file, machine)
+    return tune.tune(file, machine)
 
 
 def _print(plan: Plan, model: str, *, as_json: bool) -> None:

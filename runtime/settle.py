@@ -11,7 +11,8 @@ from hymoe.errors import PlacementError
 from hymoe.runtime import buffers, plan
 from hymoe.runtime.layout import Layout
 from hymoe.runtime.machine import Device, Machine
-from hymoe.runtime.planned import RAM, Plan, Setting, Tuned, Wish
+from hymoe.runtime.planned import RAM, Plan, Setting, Wish
+from hymoe.runtime.tune import Tuned
 
 # Every round measures a setting, or one more placement of it; two or three are usual.
 MAX_ROUNDS: Final = 64

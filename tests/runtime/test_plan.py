@@ -16,8 +16,10 @@ from hymoe.runtime import layout, plan
 from hymoe.runtime.layout import Layout, Role
 from hymoe.runtime.machine import Device, Machine
 from hymoe.runtime.planned import PURPOSES, RAM, Plan, Wish
+from hymoe.runtime.tune import Tuned
 
 GIB = 1 << 30
+TUNED = Tuned(repack=False, threads=3, threads_batch=5, ubatch=1024, flash=False)
 PER_LAYER = re.compile(r"blk\.(\d+)\.")
 
 
@@ -249,16 +251,16 @@ def test_whole_prompts_need_a_large_ubatch(a13b: Layout) -> None:
     check(found)
 
 
-class Measured:
-    repack, threads, threads_batch, ubatch, flash = False, 3, 5, 1024, False
-
-
 def test_what_was_tuned_counts(a13b: Layout) -> None:
-    found = plan.make(a13b, machine(ram=96), Wish(8192, lockable=1 << 62), Measured())
+    found = plan.make(a13b, machine(ram=96), Wish(8192, lockable=1 << 62), TUNED)
     asked = {"--threads": "3", "--threads-batch": "5", "--ubatch-size": "1024", "--flash-attn": "off"}
     assert {name: option(found, name) for name in asked} == asked
     assert "--no-repack" in found.arguments()
     assert option(found, "--load-mode") == "mmap+mlock"
+    # it was measured without a card
+    beside = plan.make(a13b, machine(24), Wish(8192), TUNED)
+    assert (option(beside, "--threads"), option(beside, "--flash-attn")) == ("3", "on")
+    assert "--no-repack" not in beside.arguments()
 
 
 def test_the_context_shrinks_only_where_none_was_asked_for(a13b: Layout) -> None:

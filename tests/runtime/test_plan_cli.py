@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +18,12 @@ import paper
 import pytest
 from large_model import Large
 from large_model import write as write_large
+from rpc_worker import rpc_worker
 
 from hymoe import engine
 from hymoe.convert.convert import ConvertOptions, convert
-from hymoe.runtime import buffers, layout, process, settle
-from hymoe.runtime.machine import Machine
+from hymoe.runtime import buffers, layout, plan, process, settle
+from hymoe.runtime.machine import Machine, probe
 from hymoe.runtime.plan_cli import main
 from hymoe.runtime.planned import RAM, Plan, Wish
 
@@ -71,39 +75,73 @@ def test_the_engine_counts_as_the_plan_does(name: str, tmp_path: Path) -> None:
         assert memory.free >= 0
 
 
-def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
+@contextmanager
+def running(tool: Path, model: Path, found: Plan, log: Path) -> Iterator[httpx.Client]:
+    """The real server, set as planned; the log says why where it does not come up."""
+    port = process.free_port("127.0.0.1")
+    address = ["--host", "127.0.0.1", "--port", str(port), "--jinja", "--verbosity", "4"]
     with log.open("wb") as file:
-        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        command = [str(tool), "--model", str(model), *address, *found.arguments()]
+        child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | found.environment())
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=300) as client:
+            wait_for(client, child, log)
+            yield client
+    finally:
+        process.stop(child)
+
+
+def wait_for(client: httpx.Client, child: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        assert child.poll() is None, log.read_text(errors="replace")[-3000:]
+        with suppress(httpx.TransportError):
+            if client.get("/health").status_code == httpx.codes.OK:
+                return
+        time.sleep(0.1)
+    raise AssertionError(log.read_text(errors="replace")[-3000:])
+
+
+def said(log: Path, what: str) -> dict[str, float]:
+    """Bytes by buffer, of one kind, as the server's log says them (two digits of MiB)."""
+    found = re.findall(rf": +(\S+) +{what} buffer size = +([\d.]+) MiB", log.read_text(errors="replace"))
+    return {name.split("[")[0]: float(size) * 2**20 for name, size in found}
 
 
 def test_the_server_takes_the_arguments(tiny: Path, llama_server: Path, tmp_path: Path) -> None:
     """All of them, on this machine, and answers."""
     found = settle.settle(tiny, layout.read(tiny), Machine.paper(vram=[], ram=8 * GIB, n_core=1), Wish(512))
-    port = process.free_port("127.0.0.1")
     log = tmp_path / "log"
-    address = ["--host", "127.0.0.1", "--port", str(port), "--jinja"]
-    running = start([str(llama_server), "--model", str(tiny), *address, *found.arguments()], log)
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=60) as client:
-            wait_for(client, running, log)
-            answer = client.post("/completion", json={"prompt": "abc", "n_predict": 4}).json()
-            assert answer["content"]
-            assert client.get("/props").json()["default_generation_settings"]["n_ctx"] == found.setting.n_ctx
-    finally:
-        process.stop(running)
+    with running(llama_server, tiny, found, log) as client:
+        assert client.post("/completion", json={"prompt": "abc", "n_predict": 4}).json()["content"]
+        assert client.get("/props").json()["default_generation_settings"]["n_ctx"] == found.setting.n_ctx
+    assert sum(said(log, "KV").values()) == pytest.approx(found.ram.kv, abs=0.01 * 2**20)
 
 
-def wait_for(client: httpx.Client, running: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        assert running.poll() is None, log.read_text(errors="replace")[-3000:]
-        try:
-            if client.get("/health").status_code == httpx.codes.OK:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.1)
-    raise AssertionError(log.read_text(errors="replace")[-3000:])
+def test_the_server_places_as_planned(llama_server: Path, tmp_path: Path) -> None:
+    """A worker's device takes what RAM has no room for: weights and cache lie where the plan says."""
+    model = paper.write(tmp_path / "model.gguf", SMALL)
+    about = layout.read(model)
+    with rpc_worker() as worker:
+        here = probe(rpc=[worker], threads=1, ram=8 * GIB)
+        all_in_ram = settle.settle(model, about, replace(here, devices=()), Wish(512)).ram
+        part, fixed = plan.RAM_MARGIN
+        short = replace(
+            here,
+            devices=tuple(replace(device, free=500_000_000) for device in here.devices),
+            ram_usable=int((all_in_ram.used + fixed - 100_000_000) / (1 - part)),
+        )
+        found = settle.settle(model, about, short, Wish(512, rpc=(worker,)))
+        assert found.runs
+        assert 0 < found.n_host_layers + len(found.host_experts) < SMALL.n_layer
+        log = tmp_path / "log"
+        with running(llama_server, model, found, log) as client:
+            assert client.post("/completion", json={"prompt": "abc", "n_predict": 2}).status_code == httpx.codes.OK
+    on_device, in_ram = found.memories
+    weights = on_device.layers + on_device.experts + on_device.output
+    assert said(log, "model")[on_device.name] == pytest.approx(weights, abs=0.01 * 2**20 + 128 * len(about.tensors))
+    assert said(log, "KV")[on_device.name] == pytest.approx(on_device.kv, abs=0.01 * 2**20)
+    assert said(log, "KV").get("CPU", 0.0) == pytest.approx(in_ram.kv, abs=0.01 * 2**20)
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -117,11 +155,11 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, err = run(
         capsys, str(file), "--vram", "2G", "--ram", "8G", "--threads", "2", "--ctx", "1000", "--json"
     )
-    said: dict[str, Any] = json.loads(out)
+    found: dict[str, Any] = json.loads(out)
     assert (status, err) == (0, "")
-    assert said["setting"]["n_ctx"] == 1000
-    assert said["setting"]["threads"] == 2
-    memories = {memory["name"]: memory for memory in said["memories"]}
+    assert found["setting"]["n_ctx"] == 1000
+    assert found["setting"]["threads"] == 2
+    memories = {memory["name"]: memory for memory in found["memories"]}
     assert set(memories) == {"GPU0", RAM}
     assert memories["GPU0"]["n_bytes"] == 2_000_000_000
     assert memories[RAM]["n_bytes"] == 8_000_000_000
@@ -165,17 +203,18 @@ def test_a_config_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.data
 def test_the_real_config(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, str(data / "a13b"), "--vram", "24G", "--ram", "64G", "--json")
-    said = json.loads(out)
+    found = json.loads(out)
     assert status == 0
     # 45.4 GiB, as the published files of this type
-    assert said["model_bytes"] / GIB == pytest.approx(45.4, abs=0.1)
-    assert 10 <= 32 - len(said["layers"]["experts_in_ram"]) <= 13
+    assert found["model_bytes"] / GIB == pytest.approx(45.4, abs=0.1)
+    assert 10 <= 32 - len(found["layers"]["experts_in_ram"]) <= 13
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         (("missing.gguf",), "error: missing.gguf: no such file"),
+        ((".", "--tune"), "error: --tune: got a checkpoint, expected a GGUF"),
         (("model.gguf", "--quant", "Q4_K_M"), "error: model.gguf: its types are chosen"),
         (("model.gguf", "--ram", "900M", "--vram", "300M"), "does not fit: got 900.0 MB of RAM and 300.0 MB on GPU0"),
     ],
