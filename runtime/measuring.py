@@ -19,6 +19,7 @@ from typing import Any, Final
 from hymoe.errors import EngineError
 
 TOOL: Final = "hymoe-measure"
+FORMAT: Final = 1  # of what is remembered; another number and everything is asked again
 # Whatever a machine is busy with; loading a head takes the tool half a second.
 SECONDS: Final = 300
 # llama-server reads options from these as well; only what is asked may count.
@@ -113,7 +114,7 @@ def folder() -> Path:
 
 
 def _file(kind: str, key: object) -> Path:
-    asked = json.dumps([_engine(), key], sort_keys=True)
+    asked = json.dumps([FORMAT, _engine(), key], sort_keys=True)
     return folder() / f"{kind}-{hashlib.sha256(asked.encode()).hexdigest()[:24]}.json"
 
 

@@ -25,7 +25,11 @@ UBATCHES: Final = (512, 1024, 2048)
 N_PROMPT: Final = 512
 N_ANSWER: Final = 24
 # Attention counts where there is something to attend to.
-N_DEPTH: Final = 2048
+N_DEPTH: Final = 1024
+# Every speed is the better of so many runs: other work on the machine only ever makes one slower.
+N_RUN: Final = 2
+# What takes memory, or is not what the engine does by itself, has to be faster by more than chance.
+WORTH: Final = 1.03
 # A prompt and its answer, in tokens: the settings are those that take the least time for both.
 USE: Final = (4096, 500)
 
@@ -93,10 +97,10 @@ def _search(bench: Bench, machine: Machine) -> Tuned:
     few, many = _fastest(_answers(rows))["n_threads"], _fastest(_prompts(rows))["n_threads"]
     fixed = {"repack": (repack,), "threads": (many,)}
     rows = bench({**fixed, "n-prompt": UBATCHES[-1:], "n-gen": (0,), "ubatch-size": UBATCHES})
-    ubatch = _fastest(rows)["n_ubatch"]
+    ubatch = min(row["n_ubatch"] for row in rows if WORTH * _speed(row) >= _speed(_fastest(rows)))
     rows = bench({**fixed, **both, "n-depth": (N_DEPTH,), "flash-attn": (0, 1)})
-    flash = min((0, 1), key=lambda choice: _seconds([row for row in rows if row["flash_attn"] == choice]))
-    return Tuned(bool(repack), few, many, ubatch, bool(flash))
+    without, with_flash = (_seconds([row for row in rows if row["flash_attn"] == choice]) for choice in (0, 1))
+    return Tuned(bool(repack), few, many, ubatch, with_flash <= WORTH * without)
 
 
 def _n_rows(machine: Machine) -> int:
@@ -112,22 +116,27 @@ def _answers(rows: list[Row]) -> list[Row]:
     return [row for row in rows if row["n_gen"]]
 
 
+def _speed(row: Row) -> float:
+    """Tokens per second."""
+    return float(max(row["samples_ts"]))
+
+
 def _fastest(rows: list[Row]) -> Row:
-    return max(rows, key=lambda row: row["avg_ts"])
+    return max(rows, key=_speed)
 
 
 def _seconds(rows: list[Row]) -> float:
     """Time of a prompt and its answer, each at the best of these speeds."""
     best = (_fastest(_prompts(rows)), _fastest(_answers(rows)))
-    return sum(n_tokens / float(row["avg_ts"]) for n_tokens, row in zip(USE, best, strict=True))
+    return sum(n_tokens / _speed(row) for n_tokens, row in zip(USE, best, strict=True))
 
 
 def _rows(file: Path, machine: Machine, options: Options, tick: console.Tick) -> list[Row]:
     """Run llama-bench on the processor alone, and give a row for each combination of the options' values."""
     from hymoe import engine
 
-    command = [str(engine.find().tool("llama-bench")), "--model", str(file), "--output", "jsonl", "--repetitions", "1"]
-    command += ["--batch-size", str(UBATCHES[-1])]
+    command = [str(engine.find().tool("llama-bench")), "--model", str(file), "--output", "jsonl"]
+    command += ["--no-warmup", "--repetitions", str(N_RUN), "--batch-size", str(UBATCHES[-1])]
     command += ["--device", "none"] if machine.devices and not machine.is_paper else []
     for name, values in ({"flash-attn": (1,)} | dict(options)).items():
         command += [f"--{name}", ",".join(map(str, values))]
