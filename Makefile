@@ -73,8 +73,11 @@ check: env types ## lint, format and types of everything
 bench: setup ## our converter and the stock one side by side (torch, several hundred MB, goes into .venv-oracle)
 	$(BIN)/python bench/convert.py
 
-docs: env ## write the --help texts into README.md and docs/commands.md
+docs: env ## write the --help texts into README.md and docs/commands.md, and the tables of docs/placement.md
 	$(BIN)/python docs/generate.py
+ifdef HYMOE_TEST_DATA
+	$(BIN)/python docs/placement.py $(HYMOE_TEST_DATA)/a13b
+endif
 
 clean: ## remove build, caches and the environments (the engine's cache stays; `hy-engine path` says where)
 	rm -rf build dist $(VENV) $(VENV)-oracle *.egg-info .mypy_cache .pytest_cache .ruff_cache

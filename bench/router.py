@@ -21,20 +21,15 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import numpy as np
-    from gguf import GGMLQuantizationType
-    from numpy.typing import NDArray
+from model import Shape, layers_that_fit, write
 
 ROOT = Path(__file__).resolve().parents[1]
-N_EMBD, N_FF, N_HEAD, N_HEAD_KV, HEAD_DIM, N_EXPERT, N_USED = 4096, 3072, 32, 8, 128, 64, 8
-N_VOCAB = 128167
+N_EXPERT, N_USED, N_VOCAB = Shape(1).n_expert, Shape(1).n_expert_used, Shape(1).n_vocab
 TARGET_EXPERTS, MIN_SHARE, MIN_STOCK = 5, 0.93, 0.98
 KEYS = "hunyuan-moe.router"
 
@@ -49,7 +44,7 @@ def main() -> int:
     gguf: Path = options.work / f"a13b-shaped-{n_layer}.gguf"
     if not gguf.exists():
         say(f"writing {gguf}, {n_layer} layers")
-        write(gguf, n_layer)
+        write(gguf, Shape(n_layer))
     met = compare_modes(options, gguf, n_layer)
     if options.stock:
         met &= compare_stock(options, gguf)
@@ -222,113 +217,6 @@ def usage(llama: Any, context: Any) -> tuple[int, int]:
     counts = (ctypes.c_uint64 * (2 * 512))()
     n_layer = library.hymoe_expert_usage(ctypes.c_void_p(context), -1, counts, 512)
     return sum(counts[0 : 2 * n_layer : 2]), sum(counts[1 : 2 * n_layer : 2])
-
-
-# -- the file --------------------------------------------------------------------------------------------------------
-
-
-def layers_that_fit() -> int:
-    # MemAvailable counts the page cache, which gives way: the file's own pages may fill it from the run before
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    kib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    return max(1, min(32, int(kib * 1024 / 2 / 1.45e9)))
-
-
-def write(out: Path, n_layer: int) -> None:
-    """Write the file: the types of Q4_K_M, random numbers, the same in every layer; it appears whole."""
-    import gguf
-
-    part = out.with_suffix(".part")
-    writer = gguf.GGUFWriter(part, "hunyuan-moe")
-    metadata(writer, n_layer)
-    for name, kind, shape in tensors(n_layer):
-        writer.add_tensor(name, weights(kind, *shape), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    part.rename(out)
-
-
-def metadata(writer: Any, n_layer: int) -> None:
-    from gguf import TokenType
-
-    writer.add_context_length(32768)
-    writer.add_embedding_length(N_EMBD)
-    writer.add_block_count(n_layer)
-    writer.add_head_count(N_HEAD)
-    writer.add_head_count_kv(N_HEAD_KV)
-    writer.add_rope_freq_base(11158839.92507748)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_feed_forward_length(N_FF)
-    writer.add_expert_count(N_EXPERT)
-    writer.add_expert_used_count(N_USED)
-    writer.add_expert_feed_forward_length(N_FF)
-    writer.add_expert_shared_feed_forward_length(N_FF)
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    letters = [chr(code) for code in (*plain, *range(256, 256 + 256 - len(plain)))]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("hunyuan")
-    writer.add_token_list([*letters, *(f"t{i}" for i in range(N_VOCAB - len(letters)))])
-    writer.add_token_types([TokenType.NORMAL] * N_VOCAB)
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
-
-
-def tensors(n_layer: int) -> Iterator[tuple[str, GGMLQuantizationType, tuple[int, ...]]]:
-    """Give name, type and row-major shape; Q6_K where llama.cpp's Q4_K_M has it, in half of the layers."""
-    from gguf import GGMLQuantizationType as Type
-
-    q, kv = N_HEAD * HEAD_DIM, N_HEAD_KV * HEAD_DIM
-    yield "token_embd.weight", Type.Q6_K, (N_VOCAB, N_EMBD)
-    yield "output_norm.weight", Type.F32, (N_EMBD,)
-    for layer in range(n_layer):
-        better = Type.Q6_K if layer % 2 == 0 else Type.Q4_K
-        for name, kind, shape in (
-            *(("attn_norm", Type.F32, (N_EMBD,)), ("ffn_norm", Type.F32, (N_EMBD,))),
-            *(("attn_q_norm", Type.F32, (HEAD_DIM,)), ("attn_k_norm", Type.F32, (HEAD_DIM,))),
-            *(("attn_q", Type.Q4_K, (q, N_EMBD)), ("attn_k", Type.Q4_K, (kv, N_EMBD))),
-            *(("attn_v", better, (kv, N_EMBD)), ("attn_output", Type.Q4_K, (N_EMBD, q))),
-            ("ffn_gate_inp", Type.F32, (N_EXPERT, N_EMBD)),
-            *(("ffn_gate_shexp", Type.Q4_K, (N_FF, N_EMBD)), ("ffn_up_shexp", Type.Q4_K, (N_FF, N_EMBD))),
-            ("ffn_down_shexp", better, (N_EMBD, N_FF)),
-            ("ffn_gate_exps", Type.Q4_K, (N_EXPERT, N_FF, N_EMBD)),
-            ("ffn_up_exps", Type.Q4_K, (N_EXPERT, N_FF, N_EMBD)),
-            ("ffn_down_exps", better, (N_EXPERT, N_EMBD, N_FF)),
-        ):
-            yield f"blk.{layer}.{name}.weight", kind, shape
-
-
-_made: dict[tuple[Any, ...], Any] = {}
-
-
-def weights(kind: GGMLQuantizationType, *shape: int) -> NDArray[np.uint8] | NDArray[np.float32]:
-    """Give values of a standard deviation of about 0.015, norms of 1; the same array for the same type and shape."""
-    if (kind, shape) not in _made:
-        _made[kind, shape] = make(kind, shape)
-    found: NDArray[np.uint8] | NDArray[np.float32] = _made[kind, shape]
-    return found
-
-
-def make(kind: GGMLQuantizationType, shape: tuple[int, ...]) -> NDArray[np.uint8] | NDArray[np.float32]:
-    import numpy as np
-    from gguf import GGML_QUANT_SIZES
-    from gguf import GGMLQuantizationType as Type
-
-    random = np.random.default_rng(len(_made))
-    if kind == Type.F32:
-        values = np.ones(shape) if len(shape) == 1 else 0.015 * random.standard_normal(shape)
-        return values.astype(np.float32)
-    per_block, size = GGML_QUANT_SIZES[kind]
-    n_blocks = int(np.prod(shape)) // per_block
-    blocks = np.frombuffer(random.bytes(n_blocks * size), np.uint8).reshape(n_blocks, size).copy()
-    # Q4_K: value = d * scale * quant - dmin * minimum, d and dmin in front; Q6_K: d * scale * (quant - 32), d last
-    if kind == Type.Q4_K:
-        blocks[:, :4] = np.frombuffer(np.array([7.5e-5, 5.6e-4], np.float16).tobytes(), np.uint8)
-    else:
-        blocks[:, -2:] = np.frombuffer(np.array([1.1e-5], np.float16).tobytes(), np.uint8)
-    return blocks.reshape(*shape[:-1], shape[-1] // per_block * size)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -67,6 +68,21 @@ def path(stock: Stock = False) -> None:
     from hymoe.engine import find
 
     console.result(str(find(stock=stock).bin))
+
+
+@app.command()
+def export(
+    file: Annotated[Path, typer.Argument(metavar="FILE.tar.gz", help="The archive to write; it is replaced.")],
+    quiet: Quiet = False,
+) -> None:
+    """Write the changed source, with a script that builds it, for a machine without a network.
+
+    There: `sh build.sh cpu|cuda|vulkan|metal DIR`, and HYMOE_ENGINE=DIR.
+    """
+    from hymoe.engine import export
+
+    console.set_verbosity(quiet=quiet)
+    export.say(file, export.export(file))
 
 
 @app.command()

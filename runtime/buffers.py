@@ -3,7 +3,7 @@
 The engine loads the file's head, makes the graph of the largest batch and plans its buffers, as it does before it
 allocates them; on Hunyuan-A13B's head that takes half a second. The devices may be cards that are not there (`cards`):
 the tool then puts a device in their place that takes the operations and asks for the memory that a CUDA card does.
-A file without weights (`hole`) is measured like any other.
+A file whose data are a hole, without weights, is measured like any other.
 
 What a placement has to know about these numbers:
 
@@ -28,8 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from hymoe.errors import EngineError, ModelFileError
-from hymoe.runtime import measuring
+from hymoe.runtime import header, measuring
 
 HOST: Final = "CPU"
 # The engine offloads from 32 tokens on as if every weight were used; of experts a token uses a few.
@@ -68,9 +67,10 @@ def measure(
 
     arguments: llama-server's, without the model. cards: names and bytes of devices to plan for in place of those that
     are here; names that no device here has ("GPU0"). min_batch: the value that MIN_BATCH_VARIABLE will have.
-    Answers are remembered. Raises EngineError with the engine's reason where it refuses file or arguments.
+    Answers are remembered, for all files of the same shape. Raises ModelFileError for what is no GGUF, EngineError with
+    the engine's reason where it refuses file or arguments.
     """
-    key = {"model": _identity(model), "arguments": list(arguments), "cards": cards or {}, "min_batch": min_batch}
+    key = {"model": _shape(model), "arguments": list(arguments), "cards": cards or {}, "min_batch": min_batch}
 
     def ask() -> dict[str, Any]:
         paper = [",".join(f"{name}={size}" for name, size in cards.items())] if cards else []
@@ -78,18 +78,6 @@ def measure(
         return {name: asdict(memory) for name, memory in _memories(answer).items()}
 
     return {name: Breakdown(**memory) for name, memory in measuring.remembered("buffers", key, ask).items()}
-
-
-def hole(path: Path, n_bytes: int) -> None:
-    """Make a GGUF's head a whole file: `n_bytes` of data that take no room on the disk and read as zeros.
-
-    Raises EngineError where the file system has no holes and the room is not there.
-    """
-    try:
-        with path.open("r+b") as file:
-            file.truncate(file.seek(0, 2) + n_bytes)
-    except OSError as exc:
-        raise EngineError(f"{path}: cannot stand for a model of {n_bytes} bytes", got=exc.strerror or exc) from exc
 
 
 def _memories(answer: Mapping[str, Any]) -> dict[str, Breakdown]:
@@ -102,9 +90,8 @@ def _memories(answer: Mapping[str, Any]) -> dict[str, Breakdown]:
     return found
 
 
-def _identity(model: Path) -> list[Any]:
-    try:
-        about = model.stat()
-    except OSError as exc:
-        raise ModelFileError(f"{model}: cannot be read", got=exc.strerror or exc) from exc
-    return [str(model.absolute()), about.st_size, about.st_mtime_ns]
+def _shape(model: Path) -> list[Any]:
+    """What buffers depend on: the architecture's numbers, and every tensor's shape and type."""
+    first = header.read(model)
+    numbers = {key: value for key, value in first.scalars.items() if key.startswith(f"{first.architecture}.")}
+    return [first.architecture, numbers, [(info.name, info.shape, info.kind) for info in header.tensors(first)]]

@@ -19,6 +19,7 @@ from typing import Any, Final
 from hymoe.errors import EngineError
 
 TOOL: Final = "hymoe-measure"
+FORMAT: Final = 1  # of what is remembered; another number and everything is asked again
 # Whatever a machine is busy with; loading a head takes the tool half a second.
 SECONDS: Final = 300
 # llama-server reads options from these as well; only what is asked may count.
@@ -42,13 +43,11 @@ def ask(*arguments: str, min_batch: int | None = None) -> dict[str, Any]:
     from hymoe import engine
 
     tool = engine.find().tool(TOOL)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(_IGNORED)}
-    if min_batch is not None:
-        environment[MIN_BATCH_VARIABLE] = str(min_batch)
+    variables = environment() if min_batch is None else environment() | {MIN_BATCH_VARIABLE: str(min_batch)}
     try:
         done = subprocess.run(
             [tool, *arguments],
-            env=environment,
+            env=variables,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -64,6 +63,11 @@ def ask(*arguments: str, min_batch: int | None = None) -> dict[str, Any]:
     return found
 
 
+def environment() -> dict[str, str]:
+    """Give our own environment, without what the engine would take for its options."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(_IGNORED)}
+
+
 def reason(log: str, returncode: int) -> str:
     """Pick from the tool's log why it failed, in its own words."""
     if said := next((found for pattern in _REASONS if (found := pattern.search(log))), None):
@@ -77,28 +81,41 @@ def remembered(kind: str, key: object, find: Callable[[], dict[str, Any]]) -> di
 
     key: anything that JSON can hold. The engine in use is always part of it.
     """
-    asked = json.dumps([_engine(), key], sort_keys=True)
-    file = _folder() / f"{kind}-{hashlib.sha256(asked.encode()).hexdigest()[:24]}.json"
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["found"]
+    kept = recalled(kind, key)
+    if kept is not None:
         return kept
     found = find()
     with suppress(OSError):  # a cache that cannot be written costs time, no more
-        _write(file, {"key": json.loads(asked), "found": found})
+        _write(_file(kind, key), found)
     return found
+
+
+def recalled(kind: str, key: object) -> dict[str, Any] | None:
+    """Give what was found out about `key` before; None where that is nothing."""
+    try:
+        found = json.loads(_file(kind, key).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def forget(kind: str) -> None:
     """Drop all that is remembered of a kind."""
-    for file in _folder().glob(f"{kind}-*.json"):
+    for file in folder().glob(f"{kind}-*.json"):
         with suppress(OSError):
             file.unlink()
 
 
-def _folder() -> Path:
+def folder() -> Path:
+    """Give the cache's folder of what was measured."""
     from hymoe.engine.installed import engine_root
 
     return engine_root().parent / "measured"
+
+
+def _file(kind: str, key: object) -> Path:
+    asked = json.dumps([FORMAT, _engine(), key], sort_keys=True)
+    return folder() / f"{kind}-{hashlib.sha256(asked.encode()).hexdigest()[:24]}.json"
 
 
 def _engine() -> str:

@@ -13,8 +13,9 @@ never makes the best worse.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 # Beyond so many, points of a frontier are joined in steps of capacity; only files with a type for each layer get there.
@@ -77,7 +78,8 @@ class _Step(NamedTuple):
     runs: tuple[tuple[int, int, int], ...]  # first, last, chosen
 
 
-def search(weights: Weights, rooms: Sequence[Room], host: Sequence[float]) -> Found | None:
+@lru_cache(maxsize=512)  # a search goes on with some buffers corrected: most rooms come again
+def search(weights: Weights, rooms: tuple[Room, ...], host: tuple[float, ...]) -> Found | None:
     """Place the layers so that the sum of costs is least; None where they cannot be placed so.
 
     Every room is used. host: cost of each layer with all of it in RAM.

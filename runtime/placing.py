@@ -98,10 +98,10 @@ def summary(plan: Plan) -> str:
 
 
 def _plan(model: Path, machine: Machine, wish: Wish) -> Plan:
-    from hymoe.runtime import layout
+    from hymoe.runtime import layout, tune
     from hymoe.runtime.settle import settle
 
-    return settle(model, layout.read(model), machine, wish)
+    return settle(model, layout.read(model), machine, wish, tune.known(model, machine))
 
 
 def _wish(options: ServerOptions, about: header.Header) -> Wish:

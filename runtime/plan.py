@@ -18,9 +18,10 @@ from hymoe.runtime.forecast import Costs, speeds
 from hymoe.runtime.layout import Layout
 from hymoe.runtime.machine import Device, Machine
 from hymoe.runtime.placement import Room, Run, Weights
-from hymoe.runtime.planned import PURPOSES, RAM, LoadMode, Memory, Plan, Setting, Tuned, Wish
+from hymoe.runtime.planned import PURPOSES, RAM, LoadMode, Memory, Plan, Setting, Wish
 from hymoe.runtime.roofline import Use
 from hymoe.runtime.router import MAX_WHOLE_PROMPT
+from hymoe.runtime.tune import Tuned
 
 MIB: Final = 1 << 20
 
@@ -40,7 +41,7 @@ CACHE_RAM_MIB: Final = 8192  # llama-server's default for saved prompts
 MAX_SUBSETS: Final = 4  # up to so many devices every subset is tried
 
 # Bytes of compute buffers that a setting needs with these devices, by memory: a device's name, or RAM.
-Compute = Callable[[Layout, "Setting", tuple[Device, ...]], Mapping[str, int]]
+Compute = Callable[[Layout, Setting, tuple[Device, ...]], Mapping[str, int]]
 
 
 def make(
@@ -76,7 +77,7 @@ def fits(layout: Layout, machine: Machine, wish: Wish | None = None, compute: Co
         _placed(search, devices, setting, (_least_ram,))
         for devices in _subsets(machine.devices)
         for setting in search.settings(devices)
-        if setting.stream_from is None and setting.n_ubatch == min(search.ubatches(devices))
+        if setting.n_ubatch == min(search.ubatches(devices))
     )
 
 
@@ -169,10 +170,10 @@ class _Search:
             kv_type,
             n_ubatch,
             stream,
-            # values of a cache in blocks can only be read by flash attention
-            flash=tuned is None or tuned.flash or kv_type != "f16",
+            # tuned is the processor; values of a cache in blocks can only be read by flash attention
+            flash=tuned is None or tuned.flash or bool(devices) or kv_type != "f16",
             # beside a GPU, weights in RAM lie in memory that it reads itself: the engine repacks nothing there
-            repack=tuned is None or tuned.repack or bool(devices),
+            repack=tuned is None or tuned.repack or stream_device(devices) is not None,
             threads=tuned.threads if tuned else self.machine.n_fast_core,
             threads_batch=tuned.threads_batch if tuned else self.machine.n_core,
         )
@@ -252,7 +253,7 @@ def _placed(
 
 
 def _fastest(weights: Weights, rooms: Sequence[Room], costs: Costs) -> tuple[Run, ...] | None:
-    found = placement.search(weights, rooms, costs.all(costs.host, costs.host))
+    found = placement.search(weights, tuple(rooms), costs.all(costs.host, costs.host))
     return None if found is None else found.runs
 
 
@@ -260,8 +261,8 @@ def _least_ram(weights: Weights, rooms: Sequence[Room], _costs: Costs) -> tuple[
     """Place so that RAM holds as little as possible, for where the fastest does not fit it."""
     n_layer = len(weights.fixed)
     in_ram = tuple(map(float, weights.experts))
-    by_bytes = [Room(room.capacity, (0.0,) * n_layer, in_ram) for room in rooms]
-    all_of_it = tuple(map(sum, zip(weights.fixed, weights.experts, strict=True)))
+    by_bytes = tuple(Room(room.capacity, (0.0,) * n_layer, in_ram) for room in rooms)
+    all_of_it = tuple(float(fixed + experts) for fixed, experts in zip(weights.fixed, weights.experts, strict=True))
     found = placement.search(weights, by_bytes, all_of_it)
     return None if found is None else found.runs
 
@@ -343,7 +344,7 @@ def _load(wish: Wish, devices: Sequence[Device], setting: Setting, ram: Memory) 
     must not be evicted. Without a GPU a mapping starts at once; it is locked where the system allows that, but
     repacked weights are copies.
     """
-    if devices and (ram.experts or ram.layers):
+    if stream_device(devices) is not None and (ram.experts or ram.layers):
         return "none"
     locks = not devices and not setting.repack and wish.lockable >= ram.used
     return "mmap+mlock" if locks else "mmap"

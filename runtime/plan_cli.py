@@ -14,16 +14,18 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from hymoe import console
+from hymoe.convert.quants import Quant
 from hymoe.errors import PlacementError
 from hymoe.sizes import parse_size
 
 if TYPE_CHECKING:
     from hymoe.runtime.machine import Machine
     from hymoe.runtime.planned import Plan, Wish
+    from hymoe.runtime.tune import Tuned
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 
-DEFAULT_QUANT = "Q4_K_M"
+DEFAULT_QUANT = Quant.Q4_K_M
 
 
 def _size(text: str) -> int:
@@ -63,8 +65,16 @@ def plan(
     ] = None,
     parallel: Annotated[int | None, typer.Option(min=1, help="Requests at a time, which share the context.")] = None,
     quant: Annotated[
-        str | None,
-        typer.Option(metavar="TYPE", help="What a checkpoint is to be converted to.", show_default=DEFAULT_QUANT),
+        Quant | None,
+        typer.Option(
+            case_sensitive=False,
+            metavar="TYPE",
+            help="What a checkpoint is to be converted to, as for hy-convert.",
+            show_default=DEFAULT_QUANT.value,
+        ),
+    ] = None,
+    imatrix: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Importance matrix, as for hy-convert: it may change types.")
     ] = None,
     recipe: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Types for single tensors of a checkpoint, as for hy-convert.")
@@ -98,9 +108,11 @@ def plan(
     from hymoe.runtime.planned import Wish
 
     console.set_verbosity(quiet=quiet, verbose=verbose)
-    workers = tuple(rpc.split(",")) if rpc else ()
+    if tune and not model.endswith(".gguf"):
+        raise PlacementError("--tune", got="a checkpoint", expected="a GGUF", fix="what is measured is its weights")
+    workers = tuple(worker for worker in (rpc or "").split(",") if worker)
     wish = Wish(n_ctx=ctx, purpose=purpose, kv_type=kv, n_parallel=parallel, rpc=workers, lockable=lockable())
-    with _file(model, quant, recipe) as file:
+    with _file(model, quant, imatrix, recipe) as file:
         machine = with_cards(probe(ram=ram, threads=threads, rpc=workers), vram or ())
         _print(_plan(file, machine, wish, tune=tune), model, as_json=as_json)
 
@@ -121,25 +133,28 @@ def with_cards(machine: Machine, sizes: Sequence[int]) -> Machine:
             for device in machine.devices
         )
         return replace(machine, devices=tuple(devices))
+    if len(cards) < len(machine.devices):
+        expected = f"{len(cards)}, one for each GPU that is here, as workers are to take part"
+        raise PlacementError("--vram", got=f"{len(sizes)} sizes", expected=expected)
     paper = Machines.paper(vram=sizes, ram=machine.ram_total)
     devices_on_paper = tuple(replace(device, free=device.total) for device in paper.devices)
     return replace(machine, devices=devices_on_paper, is_paper=True)
 
 
 @contextmanager
-def _file(model: str, quant: str | None, recipe: Path | None) -> Iterator[Path]:
+def _file(model: str, quant: Quant | None, imatrix: Path | None, recipe: Path | None) -> Iterator[Path]:
     """Give a GGUF: the one that is named, or for a checkpoint one that has all but the weights."""
     path = Path(model)
     if path.is_file() or path.suffix == ".gguf":
-        if quant or recipe:
-            raise PlacementError(f"{model}: its types are chosen", fix="--quant and --recipe are for checkpoints")
+        if quant or imatrix or recipe:
+            raise PlacementError(f"{model}: its types are chosen", fix="--quant and the like are for checkpoints")
         yield path
         return
     from hymoe.convert import paper
 
     with tempfile.TemporaryDirectory(prefix="hymoe-") as folder:
-        out = Path(folder) / f"{path.name}-{quant or DEFAULT_QUANT}.gguf"
-        paper.write(model, out, quant or DEFAULT_QUANT, recipe=recipe)
+        out = Path(folder) / f"{path.absolute().name}-{quant or DEFAULT_QUANT}.gguf"
+        paper.write(model, out, quant or DEFAULT_QUANT, imatrix, recipe)
         yield out
 
 
@@ -147,18 +162,41 @@ def _plan(file: Path, machine: Machine, wish: Wish, *, tune: bool) -> Plan:
     from hymoe.runtime import layout
     from hymoe.runtime.settle import settle
 
-    return settle(file, layout.read(file), machine, wish)
+    model = layout.read(file)
+    trained = model.shape.n_ctx_train
+    if wish.n_ctx and trained and wish.n_ctx > trained:
+        console.warn(
+            f"--ctx {wish.n_ctx} is more than the {trained} tokens the model was trained for: planned with those"
+        )
+    found = settle(file, model, machine, wish, _tuned(file, machine, wanted=tune))
+    if found.tuned is None and not machine.is_paper and (found.ram.experts or found.ram.layers):
+        console.status("threads, ubatch and repacking are assumed: `hy-plan --tune` measures them, in about a minute")
+    return found
+
+
+def _tuned(file: Path, machine: Machine, *, wanted: bool) -> Tuned | None:
+    """Measure if that is wanted, else give what was measured before."""
+    from hymoe.runtime import tune
+
+    if not wanted:
+        return tune.known(file, machine)
+    return tune.tune(file, machine)
 
 
 def _print(plan: Plan, model: str, *, as_json: bool) -> None:
+    from hymoe import engine
     from hymoe.runtime import plan_view
 
     if as_json:
         console.result(json.dumps(plan.to_json(), indent=2))
         return
+    tool = "llama-server" if plan.machine.is_paper else str(engine.find().tool("llama-server"))
+    file = model if model.endswith(".gguf") else plan.layout.name
     console.table(plan_view.view(plan))
     console.result()
-    console.result(plan_view.command(plan, model))
+    console.result(plan_view.command(plan, tool, file))
+    if plan.machine.is_paper:
+        console.status("the devices are on paper: put the names that `llama-server --list-devices` prints there")
 
 
 def lockable() -> int:

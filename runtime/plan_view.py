@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Final
 
 from rich.console import Group, RenderableType
@@ -97,7 +96,7 @@ def speeds(plan: Plan) -> Iterator[Text]:
     yield Text("Speeds are predicted from bytes, operations and bandwidths, not measured.", style="dim")
 
 
-def command(plan: Plan, model: Path | str) -> str:
-    """Give the shell command that runs the plan by hand."""
+def command(plan: Plan, tool: str, model: str) -> str:
+    """Give the shell command that runs the plan by hand. tool: the server's path; model: the file's."""
     variables = [f"{name}={value}" for name, value in plan.environment().items()]
-    return shlex.join([*variables, "llama-server", "--model", str(model), *plan.arguments()])
+    return shlex.join([*variables, tool, "--model", model, *plan.arguments()])

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal
 
 from hymoe.runtime import measuring
 from hymoe.runtime.layout import Layout
 from hymoe.runtime.machine import Device, Machine
 from hymoe.runtime.placement import Run
 from hymoe.runtime.roofline import Use
+from hymoe.runtime.tune import Tuned
 
 # Purpose -> what is made fast, and the context where none is asked for.
 PURPOSES: Final = {
@@ -24,30 +25,6 @@ N_BATCH: Final = 2048  # llama-server's default; never less than the ubatch
 RAM: Final = "RAM"
 
 LoadMode = Literal["none", "mmap", "mmap+mlock"]
-
-
-class Tuned(Protocol):
-    """What was measured with the model itself, or one like it (`hy-plan --tune`)."""
-
-    @property
-    def repack(self) -> bool:
-        """Whether weights are repacked for the processor."""
-
-    @property
-    def threads(self) -> int:
-        """Threads for generation."""
-
-    @property
-    def threads_batch(self) -> int:
-        """Threads for prompts."""
-
-    @property
-    def ubatch(self) -> int:
-        """Tokens of a ubatch."""
-
-    @property
-    def flash(self) -> bool:
-        """Whether flash attention is used."""
 
 
 @dataclass(frozen=True)
@@ -202,6 +179,7 @@ class Plan:
             "model": self.layout.name,
             "architecture": self.layout.architecture,
             "model_bytes": self.layout.n_bytes,
+            "machine": self.machine.to_json(),
             "setting": asdict(self.setting) | {"n_batch": self.setting.n_batch},
             "layers": {
                 "host": self.n_host_layers,
@@ -232,4 +210,4 @@ class Plan:
             yield from ("--tensor-split", ",".join(map(str, counts)))
         if self.host_experts:
             layers = "|".join(map(str, self.host_experts))
-            yield from ("--override-tensor", rf"blk\.({layers})\.ffn_(gate|up|down)_exps\.=CPU")
+            yield from ("--override-tensor", rf"blk\.({layers})\.ffn_\w+_exps\.=CPU")

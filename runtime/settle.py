@@ -7,13 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+from hymoe.errors import PlacementError
 from hymoe.runtime import buffers, plan
 from hymoe.runtime.layout import Layout
 from hymoe.runtime.machine import Device, Machine
-from hymoe.runtime.planned import RAM, Plan, Setting, Tuned, Wish
+from hymoe.runtime.planned import RAM, Plan, Setting, Wish
+from hymoe.runtime.tune import Tuned
 
 # Every round measures a setting, or one more placement of it; two or three are usual.
-MAX_ROUNDS: Final = 12
+MAX_ROUNDS: Final = 64
+MORE_FREE: Final = 2.0  # what margins are multiplied by
 
 
 def settle(file: Path, layout: Layout, machine: Machine, wish: Wish, tuned: Tuned | None = None) -> Plan:
@@ -36,7 +39,13 @@ def settle(file: Path, layout: Layout, machine: Machine, wish: Wish, tuned: Tune
         # what one placement needs, another of the same setting may need too
         before = known.get(key, {})
         known[key] = {name: max(n_bytes, before.get(name, 0)) for name, n_bytes in measured.items()}
-    return found
+    raise PlacementError(f"{layout.name}: no placement came out that the engine counts as planned")
+
+
+def smaller(file: Path, found: Plan) -> Plan:
+    """Make a plan that leaves more free, for where this one ran out of memory all the same. Raises as `settle`."""
+    wish = replace(found.wish, margin=found.wish.margin * MORE_FREE)
+    return settle(file, found.layout, found.machine, wish, found.tuned)
 
 
 def _key(setting: Setting, devices: tuple[Device, ...]) -> object:

@@ -17,9 +17,9 @@ from tiny_model import SPECIAL
 
 from hymoe.convert import repair
 from hymoe.convert.cli import main
-from hymoe.convert.head import MAX_ELEMENTS, MAX_ENTRIES, MAX_TENSORS, read_head
+from hymoe.convert.head import MAX_ELEMENTS, MAX_ENTRIES, read_head
 from hymoe.errors import HyError, ModelFileError
-from hymoe.gguf_head import SCALARS
+from hymoe.gguf_head import MAX_TENSORS, SCALARS
 
 ARCH = "hunyuan-moe"
 WIDTHS = {

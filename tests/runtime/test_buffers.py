@@ -214,7 +214,7 @@ def test_answers_are_remembered_by_what_was_asked(files: dict[str, Path], cache:
     measuring.forget("buffers")
     case = Case("cpu", "small", "f16", 512)
     first = buffers.measure(files["small"], case.arguments)
-    assert buffers.measure(files["small"], case.arguments) == first
+    assert buffers.measure(paper.write(files["small"].with_name("again.gguf"), SMALL), case.arguments) == first
     assert len(list((cache / "measured").glob("buffers-*.json"))) == 1
     wider = buffers.measure(files["small"], replace(case, ubatch=1024).arguments)
     assert wider[HOST].compute > first[HOST].compute
@@ -228,7 +228,7 @@ def test_answers_are_remembered_by_what_was_asked(files: dict[str, Path], cache:
     [
         (["--cache-type-k", "q8_0", "--cache-type-v", "q8_0"], "heads of 80 values"),
         (["--override-tensor", "exps=GPU7"], "unknown buffer type"),
-        (["--ctx-size", "many"], 'argument "-c"'),
+        (["--ctx-size", "many"], 'argument "--ctx-size"'),
     ],
 )
 def test_the_engine_says_why_not(files: dict[str, Path], arguments: list[str], says: str) -> None:
@@ -237,10 +237,10 @@ def test_the_engine_says_why_not(files: dict[str, Path], arguments: list[str], s
 
 
 def test_a_file_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(ModelFileError, match="cannot be read"):
+    with pytest.raises(ModelFileError, match="no such file"):
         buffers.measure(tmp_path / "absent.gguf", [])
     (tmp_path / "text.gguf").write_text("no model")
-    with pytest.raises(EngineError, match="cannot measure"):
+    with pytest.raises(ModelFileError, match="not a GGUF"):
         buffers.measure(tmp_path / "text.gguf", [])
 
 

@@ -64,7 +64,7 @@ def test_the_best_of_all_placements(n_room: int, step: int) -> None:
             within = tuple(value - rng.uniform(-1, 4) for value in without)
             rooms.append(Room(rng.randint(3, 60), within, without, rng.uniform(0, 2), rng.uniform(0, 2)))
         expected = exhaustive(weights, rooms, host)
-        found = search(weights, rooms, host)
+        found = search(weights, tuple(rooms), tuple(host))
         assert (found is None) == (expected is None)
         if found is not None and expected is not None:
             found_some += 1
@@ -75,7 +75,7 @@ def test_the_best_of_all_placements(n_room: int, step: int) -> None:
 
 
 def test_without_rooms_all_is_the_hosts() -> None:
-    assert search(Weights((1, 1), (1, 1), 1), [], [2.0, 3.0]) == Found(5.0, ())
+    assert search(Weights((1, 1), (1, 1), 1), (), (2.0, 3.0)) == Found(5.0, ())
 
 
 def test_many_sizes_stay_near_the_best() -> None:
@@ -83,7 +83,7 @@ def test_many_sizes_stay_near_the_best() -> None:
     rng = random.Random(3)
     sizes = tuple(rng.randint(10**9, 2 * 10**9) for _ in range(48))
     room = Room(31 * 10**9, tuple(0.0 for _ in sizes), tuple(map(float, sizes)))
-    found = search(Weights((0,) * 48, sizes, 0), [room], [1e12] * 48)
+    found = search(Weights((0,) * 48, sizes, 0), (room,), (1e12,) * 48)
     assert found is not None
     (n_bytes,) = total_bytes(Weights((0,) * 48, sizes, 0), found)
     assert room.capacity * 0.998 <= n_bytes <= room.capacity

@@ -1,0 +1,126 @@
+"""Tuning: a sample is the model's own layers, and what is found is remembered."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import numpy as np
+import paper
+import pytest
+from tiny_model import write_model
+
+from hymoe import engine
+from hymoe.convert import miniature
+from hymoe.convert.convert import ConvertOptions, convert
+from hymoe.errors import ModelFileError, OutputError, PlacementError
+from hymoe.runtime import layout, sample, tune
+from hymoe.runtime.machine import Machine
+
+MACHINE = Machine(devices=(), ram_total=8 << 30, ram_usable=4 << 30, n_core=2, n_fast_core=2, bandwidth=1e10)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "model.gguf", words=2000)
+
+
+def test_a_sample_is_the_models_own_weights(model: Path, tmp_path: Path) -> None:
+    ours = gguf.GGUFReader(sample.write(model, tmp_path / "sample.gguf"))
+    theirs = {tensor.name: tensor for tensor in gguf.GGUFReader(model).tensors}
+    assert sorted(theirs) == sorted(tensor.name for tensor in ours.tensors)
+    for tensor in ours.tensors:
+        kept = sample.N_VOCAB if tensor.name in ("token_embd.weight", "output.weight") else None
+        assert tensor.tensor_type == theirs[tensor.name].tensor_type
+        assert np.array_equal(tensor.data, theirs[tensor.name].data[:kept]), tensor.name
+
+
+def test_a_sample_of_a_split_model(mini: Path, tmp_path: Path) -> None:
+    convert(ConvertOptions(mini, tmp_path / "mini.gguf", split_max_bytes=1 << 20))
+    first = next(tmp_path.glob("mini-00001-of-*.gguf"))
+    ours = gguf.GGUFReader(sample.write(first, tmp_path / "sample.gguf"))
+    theirs = {t.name: t for part in sorted(tmp_path.glob("mini-0*.gguf")) for t in gguf.GGUFReader(part).tensors}
+    chosen = sample.layers(layout.read(first))
+    assert len(chosen) == 2 < miniature.Spec().n_layer
+    for tensor in ours.tensors:
+        name = tensor.name
+        if name.startswith("blk."):
+            _, place, rest = name.split(".", 2)
+            name = f"blk.{chosen[int(place)]}.{rest}"
+        assert np.array_equal(tensor.data, theirs[name].data[: sample.N_VOCAB]), tensor.name
+
+
+def test_layers_of_both_sizes_are_chosen(tmp_path: Path) -> None:
+    shape = replace(paper.A13B, n_layer=5, n_expert=8)
+    about = layout.read(paper.write(tmp_path / "paper.gguf", shape))
+    small, large = sorted(sample.layers(about), key=lambda layer: about.layers[layer].experts)
+    sizes = [layer.experts for layer in about.layers]
+    assert (about.layers[small].experts, about.layers[large].experts) == (min(sizes), max(sizes))
+    assert min(sizes) < max(sizes)
+
+
+def test_layers_that_share_stay_together(tmp_path: Path) -> None:
+    about = layout.read(paper.write(tmp_path / "paper.gguf", replace(paper.LARGE, n_layer=4, n_expert=2)))
+    assert sample.layers(about) == [0, 1]
+
+
+def test_candidates() -> None:
+    assert tune.candidates(MACHINE) == (1, 2)
+    assert tune.candidates(replace(MACHINE, n_core=16, n_fast_core=8)) == (4, 8, 16)
+    assert tune.candidates(replace(MACHINE, n_core=1, n_fast_core=1)) == (1,)
+
+
+@pytest.mark.engine
+def test_what_is_found_is_remembered(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYMOE_ENGINE", str(engine.find().bin))
+    monkeypatch.setenv("HYMOE_CACHE", str(tmp_path / "cache"))
+    # a processor that others use makes minutes of thousands of tokens
+    for name, size in {"UBATCHES": (64, 128), "N_PROMPT": 64, "N_ANSWER": 4, "N_DEPTH": 64}.items():
+        monkeypatch.setattr(tune, name, size)
+    assert tune.known(model, MACHINE) is None
+    found = tune.tune(model, MACHINE)
+    assert {found.threads, found.threads_batch} <= set(tune.candidates(MACHINE))
+    assert found.ubatch in tune.UBATCHES
+    kept = list((tmp_path / "cache" / "measured").iterdir())
+    assert [file.suffix for file in kept] == [".json"], "the sample is gone"
+    assert tune.known(model, MACHINE) == found
+    before = kept[0].stat().st_mtime_ns
+    assert tune.tune(model, MACHINE) == found
+    assert kept[0].stat().st_mtime_ns == before
+    # more layers of the same kind are the same kind of model; other widths are not
+    assert tune.known(model, replace(MACHINE, n_core=3)) is None
+
+
+@pytest.mark.engine
+def test_ctrl_c_leaves_nothing(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYMOE_ENGINE", str(engine.find().bin))
+    monkeypatch.setenv("HYMOE_CACHE", str(tmp_path / "cache"))
+    script = (
+        "import sys; from pathlib import Path; from hymoe.runtime import machine, tune\n"
+        f"tune.tune(Path(sys.argv[1]), machine.Machine.from_json({MACHINE.to_json()!r}))"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, model], stderr=subprocess.PIPE) as child:
+        measured = tmp_path / "cache" / "measured"
+        deadline = time.monotonic() + 120
+        while not list(measured.glob("sample-*/sample.gguf")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        child.send_signal(signal.SIGINT)
+        child.communicate(timeout=120)
+    assert child.returncode == -signal.SIGINT
+    assert list(measured.iterdir()) == []
+
+
+def test_what_cannot_be_tuned(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYMOE_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(PlacementError, match="do not fit into RAM"):
+        tune.tune(model, replace(MACHINE, ram_usable=1000))
+    with pytest.raises(ModelFileError, match="no such file"):
+        tune.tune(tmp_path / "absent.gguf", MACHINE)
+    (tmp_path / "cache").write_text("in the way")
+    with pytest.raises(OutputError, match="cannot write there"), sample.sample(model, tmp_path / "cache"):
+        pass
