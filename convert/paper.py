@@ -15,9 +15,9 @@ from hymoe.convert.split import lay_out
 NO_VOCABULARY = Key("tokenizer.ggml.model", "no_vocab", "STRING")
 
 
-def write(model: str | Path, out: Path, quant: str, recipe: Path | None = None) -> None:
+def write(model: str | Path, out: Path, quant: str, imatrix: Path | None = None, recipe: Path | None = None) -> None:
     """Write what converting a folder or repository would write, with a hole instead of weights. Raises as `preview`."""
-    made = preview(model, quant, recipe=recipe)
+    made = preview(model, quant, imatrix, recipe)
     keys = (*(key for key in made.keys if not key.key.startswith("tokenizer.")), NO_VOCABULARY)
     (part,) = lay_out(out, made.plan, made.arch.name, keys)
     with out.open("wb") as file:

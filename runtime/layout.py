@@ -43,8 +43,8 @@ class Role(StrEnum):
 _ROLES: Final = (
     (re.compile(r"^token_embd\."), Role.EMBEDDING),
     (re.compile(r"^output\."), Role.OUTPUT),
-    (re.compile(r"\.ffn_(gate|up|down|gate_up)_exps\."), Role.EXPERTS),
-    (re.compile(r"\.ffn_(gate|up|down)_shexp\."), Role.SHARED),
+    (re.compile(r"\.ffn_\w+_exps\."), Role.EXPERTS),
+    (re.compile(r"\.ffn_\w+_shexp\."), Role.SHARED),
     (re.compile(r"\.ffn_gate_inp\."), Role.ROUTER),
     (re.compile(r"_norm\."), Role.NORM),
 )

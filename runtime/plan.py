@@ -41,7 +41,7 @@ CACHE_RAM_MIB: Final = 8192  # llama-server's default for saved prompts
 MAX_SUBSETS: Final = 4  # up to so many devices every subset is tried
 
 # Bytes of compute buffers that a setting needs with these devices, by memory: a device's name, or RAM.
-Compute = Callable[[Layout, "Setting", tuple[Device, ...]], Mapping[str, int]]
+Compute = Callable[[Layout, Setting, tuple[Device, ...]], Mapping[str, int]]
 
 
 def make(
@@ -173,7 +173,7 @@ class _Search:
             # tuned is the processor; values of a cache in blocks can only be read by flash attention
             flash=tuned is None or tuned.flash or bool(devices) or kv_type != "f16",
             # beside a GPU, weights in RAM lie in memory that it reads itself: the engine repacks nothing there
-            repack=tuned is None or tuned.repack or bool(devices),
+            repack=tuned is None or tuned.repack or stream_device(devices) is not None,
             threads=tuned.threads if tuned else self.machine.n_fast_core,
             threads_batch=tuned.threads_batch if tuned else self.machine.n_core,
         )
@@ -344,7 +344,7 @@ def _load(wish: Wish, devices: Sequence[Device], setting: Setting, ram: Memory) 
     must not be evicted. Without a GPU a mapping starts at once; it is locked where the system allows that, but
     repacked weights are copies.
     """
-    if devices and (ram.experts or ram.layers):
+    if stream_device(devices) is not None and (ram.experts or ram.layers):
         return "none"
     locks = not devices and not setting.repack and wish.lockable >= ram.used
     return "mmap+mlock" if locks else "mmap"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from hymoe import console
+from hymoe.convert.quants import Quant
 from hymoe.errors import PlacementError
 from hymoe.sizes import parse_size
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 
-DEFAULT_QUANT = "Q4_K_M"
+DEFAULT_QUANT = Quant.Q4_K_M
 
 
 def _size(text: str) -> int:
@@ -64,8 +65,16 @@ def plan(
     ] = None,
     parallel: Annotated[int | None, typer.Option(min=1, help="Requests at a time, which share the context.")] = None,
     quant: Annotated[
-        str | None,
-        typer.Option(metavar="TYPE", help="What a checkpoint is to be converted to.", show_default=DEFAULT_QUANT),
+        Quant | None,
+        typer.Option(
+            case_sensitive=False,
+            metavar="TYPE",
+            help="What a checkpoint is to be converted to, as for hy-convert.",
+            show_default=DEFAULT_QUANT.value,
+        ),
+    ] = None,
+    imatrix: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Importance matrix, as for hy-convert: it may change types.")
     ] = None,
     recipe: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Types for single tensors of a checkpoint, as for hy-convert.")
@@ -103,7 +112,7 @@ def plan(
         raise PlacementError("--tune", got="a checkpoint", expected="a GGUF", fix="what is measured is its weights")
     workers = tuple(worker for worker in (rpc or "").split(",") if worker)
     wish = Wish(n_ctx=ctx, purpose=purpose, kv_type=kv, n_parallel=parallel, rpc=workers, lockable=lockable())
-    with _file(model, quant, recipe) as file:
+    with _file(model, quant, imatrix, recipe) as file:
         machine = with_cards(probe(ram=ram, threads=threads, rpc=workers), vram or ())
         _print(_plan(file, machine, wish, tune=tune), model, as_json=as_json)
 
@@ -124,25 +133,28 @@ def with_cards(machine: Machine, sizes: Sequence[int]) -> Machine:
             for device in machine.devices
         )
         return replace(machine, devices=tuple(devices))
+    if len(cards) < len(machine.devices):
+        expected = f"{len(cards)}, one for each GPU that is here, as workers are to take part"
+        raise PlacementError("--vram", got=f"{len(sizes)} sizes", expected=expected)
     paper = Machines.paper(vram=sizes, ram=machine.ram_total)
     devices_on_paper = tuple(replace(device, free=device.total) for device in paper.devices)
     return replace(machine, devices=devices_on_paper, is_paper=True)
 
 
 @contextmanager
-def _file(model: str, quant: str | None, recipe: Path | None) -> Iterator[Path]:
+def _file(model: str, quant: Quant | None, imatrix: Path | None, recipe: Path | None) -> Iterator[Path]:
     """Give a GGUF: the one that is named, or for a checkpoint one that has all but the weights."""
     path = Path(model)
     if path.is_file() or path.suffix == ".gguf":
-        if quant or recipe:
-            raise PlacementError(f"{model}: its types are chosen", fix="--quant and --recipe are for checkpoints")
+        if quant or imatrix or recipe:
+            raise PlacementError(f"{model}: its types are chosen", fix="--quant and the like are for checkpoints")
         yield path
         return
     from hymoe.convert import paper
 
     with tempfile.TemporaryDirectory(prefix="hymoe-") as folder:
-        out = Path(folder) / f"{path.name}-{quant or DEFAULT_QUANT}.gguf"
-        paper.write(model, out, quant or DEFAULT_QUANT, recipe=recipe)
+        out = Path(folder) / f"{path.absolute().name}-{quant or DEFAULT_QUANT}.gguf"
+        paper.write(model, out, quant or DEFAULT_QUANT, imatrix, recipe)
         yield out
 
 

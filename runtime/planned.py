@@ -210,4 +210,4 @@ class Plan:
             yield from ("--tensor-split", ",".join(map(str, counts)))
         if self.host_experts:
             layers = "|".join(map(str, self.host_experts))
-            yield from ("--override-tensor", rf"blk\.({layers})\.ffn_(gate|up|down)_exps\.=CPU")
+            yield from ("--override-tensor", rf"blk\.({layers})\.ffn_\w+_exps\.=CPU")

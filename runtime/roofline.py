@@ -156,8 +156,9 @@ class Roofline:
         touched = 1 - (1 - self._share_used) ** n_tokens
         dense = self._matrices(layer.dense, layer.dense_params * n_tokens, n_tokens, home)
         n_routed = layer.expert_params / shape.n_expert * shape.n_expert_used * n_tokens
-        if experts is self.host and self._streams(n_tokens):
-            return dense + self._matrices(layer.experts, n_routed, n_tokens, experts)
+        if experts is self.host and self.stream is not None and self._streams(n_tokens):
+            sent = self._matrices(layer.experts, n_routed, n_tokens, experts)
+            return dense + sent + self._crossings(n_tokens, home, self.stream)
         routed = self._matrices(layer.experts * touched, n_routed, n_tokens, experts)
         return dense + routed + self._crossings(n_tokens, home, experts)
 

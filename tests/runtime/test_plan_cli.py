@@ -234,7 +234,9 @@ def test_one_line_says_what_is_wrong(
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [("--vram", "much"), ("--for", "fun"), ("--kv", "f64"), ("--ctx", "-1")])
+@pytest.mark.parametrize(
+    "arguments", [("--vram", "much"), ("--for", "fun"), ("--kv", "f64"), ("--ctx", "-1"), ("--quant", "Q9")]
+)
 def test_wrong_usage(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     status, out, err = run(capsys, "model.gguf", *arguments)
     assert (status, out) == (2, "")
