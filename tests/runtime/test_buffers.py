@@ -15,7 +15,7 @@ from rpc_worker import rpc_worker
 
 from hymoe import engine
 from hymoe.errors import EngineError, ModelFileError
-from hymoe.runtime import buffers, measuring, process
+from hymoe.runtime import buffers, layout, measuring, process
 from hymoe.runtime.buffers import HOST, Breakdown
 
 pytestmark = pytest.mark.engine
@@ -184,17 +184,34 @@ def stacks(model: paper.Paper) -> Iterator[tuple[str, int]]:
         yield name, tensor_bytes(shape, kind)
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_weights_by_arithmetic(files: dict[str, Path], model: str) -> None:
+    about = layout.read(files[model])
+    cards = {"GPU0": 24 << 30}
+    case = Case("paper", model, "f16", 512)
+    on_host = buffers.measure(files[model], [*case.arguments, "--device", "none"])
+    shared = buffers.measure(files[model], case.arguments, cards=cards)
+    experts = sum(layer.experts for layer in about.layers)
+    dense = sum(layer.dense for layer in about.layers)
+    # a tensor's size is rounded up to 32 bytes, on cards to 128; rows of a card's matrices are padded
+    assert on_host[HOST].weights == pytest.approx(about.n_bytes, abs=32 * len(about.tensors))
+    assert shared[HOST].weights == pytest.approx(experts + about.embedding, abs=32 * len(about.tensors))
+    assert shared["GPU0"].weights == pytest.approx(dense + about.output, abs=1024 * len(about.tensors))
+
+
 @pytest.mark.parametrize("model", ["a13b", "large"])
 @pytest.mark.parametrize("n_ctx", [32768, 131072, 262144])
 def test_keys_and_values_by_arithmetic(files: dict[str, Path], model: str, n_ctx: int) -> None:
     shape = MODELS[model]
-    owners = -(-shape.n_layer // shape.share)
+    owners, about = -(-shape.n_layer // shape.share), layout.read(files[model])
     for kv, per_block in (("f16", (2, 1)), ("q8_0", (34, 32)), ("q4_0", (18, 32))):
         if shape.head_dim % 32 and kv != "f16":
             continue
         found = buffers.measure(files[model], Case("cpu", model, kv, 512, n_ctx).arguments, cards={"GPU0": 24 << 30})
         values = 2 * owners * n_ctx * shape.n_head_kv * shape.head_dim
-        assert sum(memory.kv for memory in found.values()) == values * per_block[0] // per_block[1]
+        expected = values * per_block[0] // per_block[1]
+        assert sum(memory.kv for memory in found.values()) == expected
+        assert about.n_kv_layers * about.kv_bytes(n_ctx, kv) == expected
 
 
 @pytest.mark.parametrize("model", [paper.A13B, paper.LARGE], ids=["a13b", "large"])
