@@ -2,8 +2,8 @@
 
 Random weights, but for three things. The token embedding is large beside what the layers add, and the routers are
 solved so that every token of the prompt and the answers has experts of well separated probabilities. The experts'
-values lie on a grid that Q4_K holds, so that one file says the same as F32 and as Q4_K. And the head is solved so that each
-router mode says an answer of its own: its rows are at right angles to the embeddings, so that a next token follows
+values lie on a grid that Q4_K holds, so that one file says the same as F32 and as Q4_K. And the head is solved so that
+each router mode says an answer of its own: its rows are at right angles to the embeddings, so that a next token follows
 only from what attention and experts have added. Both margins are checked in the float64 reference.
 """
 
