@@ -68,7 +68,7 @@ check: env types ## lint, format and types of everything
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict -p hymoe
-	MYPYPATH=tests:bench $(BIN)/mypy --strict tests $(wildcard bench/*.py docs/*.py)
+	MYPYPATH=tests:bench:training $(BIN)/mypy --strict tests $(wildcard bench/*.py docs/*.py training/*.py)
 
 bench: setup ## our converter and the stock one side by side (torch, several hundred MB, goes into .venv-oracle)
 	$(BIN)/python bench/convert.py

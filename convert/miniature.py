@@ -211,6 +211,12 @@ def _layer(spec: Spec, prefix: str) -> Iterator[Tensor]:
 
 
 def _write_files(folder: Path, spec: Spec) -> None:
+    n_vocab = write_descriptions(folder, spec)
+    _write_weights(folder, spec, tensors(spec, n_vocab))
+
+
+def write_descriptions(folder: Path, spec: Spec) -> int:
+    """Write everything but the weights: configs, chat template, vocabulary. Give the number of tokens."""
     ranks = vocabulary(spec)
     ids = {token: len(ranks) + i for i, token in enumerate(SPECIAL_TOKENS)}
     n_vocab = len(ranks) + len(ids)
@@ -220,9 +226,13 @@ def _write_files(folder: Path, spec: Spec) -> None:
     if spec.vocabulary_name == "tokenizer.json":
         _write_tokenizer_json(folder / "tokenizer.json", ranks)
     else:
-        lines = (base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(ranks))
-        (folder / spec.vocabulary_name).write_bytes(b"".join(lines))
-    _write_weights(folder, spec, tensors(spec, n_vocab))
+        write_tiktoken(folder / spec.vocabulary_name, ranks)
+    return n_vocab
+
+
+def write_tiktoken(path: Path, ranks: Sequence[bytes]) -> None:
+    """Write a tiktoken file, one `base64 rank` per line."""
+    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(ranks)))
 
 
 def _move_into(part: Path, folder: Path) -> None:
@@ -240,20 +250,31 @@ def _move_into(part: Path, folder: Path) -> None:
 
 @cache
 def _trained(n_rank: int) -> tuple[bytes, ...]:
-    """Train a byte-level BPE on the calibration texts: the 256 bytes first, then the merges in order."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
+    """Train on the calibration texts."""
     from hymoe.imatrix import calibration
+
+    return trained([text.content for text in calibration.texts()], n_rank)
+
+
+def trained(texts: Sequence[str], n_rank: int, *, max_bytes: int | None = None) -> tuple[bytes, ...]:
+    """Train a byte-level BPE on `texts`: the 256 bytes first, then the merges in order.
+
+    `max_bytes` bounds a token's length, so that no phrase that the texts repeat becomes one. Raises ValueError where
+    the texts give fewer than `n_rank` tokens.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = _pre_tokenizer()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=n_rank, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator([text.content for text in calibration.texts()], trainer)
+    trainer = trainers.BpeTrainer(
+        vocab_size=n_rank, initial_alphabet=alphabet, show_progress=False, max_token_length=max_bytes
+    )
+    tokenizer.train_from_iterator(texts, trainer)
     letters = {letter: byte for byte, letter in _byte_letters().items()}
     by_id = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if len(by_id) != n_rank:
-        raise ValueError(f"the calibration texts give {len(by_id)} tokens, n_rank asks for {n_rank}")
+        raise ValueError(f"the texts give {len(by_id)} tokens, n_rank asks for {n_rank}")
     return tuple(bytes(letters[letter] for letter in token) for token, _ in by_id)
 
 

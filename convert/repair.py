@@ -11,6 +11,7 @@ touched where the vocabulary is Hunyuan-A13B's.
 from __future__ import annotations
 
 import io
+import math
 import os
 import struct
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,7 @@ from gguf.gguf_writer import WriterState
 
 import hymoe
 from hymoe import console, sizes
+from hymoe.chat_templates import repair as template_repair
 from hymoe.console import Tick
 from hymoe.convert import metadata
 from hymoe.convert.architectures import Key, hunyuan_a13b
@@ -33,6 +35,7 @@ from hymoe.convert.split import PART_NAME, part_name
 from hymoe.convert.vocab import TokenType, byte_alphabet, merges_of, text_form
 from hymoe.convert.writer import REMEDIES, check_disk, journal_of
 from hymoe.errors import ModelFileError, OutputError, UnsupportedError
+from hymoe.gguf_head import shown
 from hymoe.published import BY_VOCABULARY, Published
 
 ARCH = hunyuan_a13b.ARCH
@@ -45,6 +48,11 @@ DROPPED = {
 }
 # Said of every output, and no reason to write one.
 PROVENANCE = ("hymoe.version", "hymoe.repaired")
+
+INTEGERS = {"INT32": (-(2**31), 2**31 - 1), "UINT32": (0, 2**32 - 1)}
+MAX_FLOAT32 = float(np.finfo(np.float32).max)
+# The longest real token has 128 letters; finding the merge of one takes time with the square of its length.
+MAX_TOKEN_LETTERS = 4096
 
 Values = Mapping[str, Any]
 
@@ -85,7 +93,7 @@ def examine(source: Path, *, keep_template: bool = False) -> Repair:
     if values.get("general.architecture") != ARCH:
         raise UnsupportedError(
             f"{source}: architecture",
-            got=values.get("general.architecture") or "none",
+            got=_short(values.get("general.architecture")),
             expected=ARCH,
             fix="--repair knows Hunyuan-A13B, the only model of hymoe's that other tools convert",
         )
@@ -101,22 +109,28 @@ def write(repair: Repair, out: Path, *, overwrite: bool = False) -> tuple[Path, 
     """Write the repaired model, as many files as there were, and give them.
 
     Raises OutputError where the output exists, is the input, lies on a disk that is too small or cannot be written;
-    nothing is left then. It is not resumed after an interruption: it is a copy, and begins again.
+    nothing of the new model is left then. It is not resumed after an interruption: it is a copy, and begins again.
     """
     outs = _outputs(repair, out)
     _check(repair, out, outs, overwrite=overwrite)
-    heads = [(repair.head, repair.data_offset), *[(b"", 0)] * (len(outs) - 1)]
     total = sum(part.stat().st_size for part in repair.parts)
+    placed: list[Path] = []
     try:
         check_disk(out, total)
         with console.progress(out.name, total) as tick:
-            for part, path, (head, skip) in zip(repair.parts, outs, heads, strict=True):
+            for i, (part, path) in enumerate(zip(repair.parts, outs, strict=True)):
+                head, skip = (b"", 0) if i else (repair.head, repair.data_offset)
                 _copy(part, _temporary(path), head, skip, tick)
         for path in reversed(outs):
             _temporary(path).replace(path)
+            placed.append(path)
         sync_folder(out.parent)
-    except OSError as exc:
-        raise OutputError(f"{out}: {exc.strerror}", fix=REMEDIES.get(exc.errno or 0)) from exc
+    except BaseException as exc:
+        for path in placed:  # a set without its first part is no model
+            path.unlink(missing_ok=True)
+        if isinstance(exc, OSError):
+            raise OutputError(f"{out}: {exc.strerror}", fix=REMEDIES.get(exc.errno or 0)) from exc
+        raise
     finally:
         for path in outs:
             _temporary(path).unlink(missing_ok=True)
@@ -150,7 +164,7 @@ def _keys(source: Path, values: Values, shapes: Mapping[str, tuple[int, ...]], *
     yield Key("general.quantization_version", GGML_QUANT_VERSION, "UINT32")
     try:
         yield from hunyuan_a13b.metadata(_hparams(values, shapes))
-    except (KeyError, IndexError) as exc:
+    except KeyError as exc:
         raise ModelFileError(f"{source}: not a complete {ARCH} model", got=f"no {exc.args[0]}") from exc
     tokens = values.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list):
@@ -163,7 +177,8 @@ def _keys(source: Path, values: Values, shapes: Mapping[str, tuple[int, ...]], *
     vendors = values.get("tokenizer.chat_template")
     vendors = vendors if isinstance(vendors, str) else None
     origin = values.get("hymoe.chat_template")
-    if origin is None or (origin == "vendor" and not keep_template):
+    # A template that was repaired by an older hymoe may need what has been found since.
+    if origin is None or (not keep_template and (origin == "vendor" or template_repair(vendors or "").applied)):
         yield from metadata.template(vendors, keep=keep_template)
     yield Key("hymoe.version", hymoe.__version__, "STRING")
     yield Key("hymoe.repaired", True, "BOOL")
@@ -171,7 +186,8 @@ def _keys(source: Path, values: Values, shapes: Mapping[str, tuple[int, ...]], *
 
 def _hparams(values: Values, shapes: Mapping[str, tuple[int, ...]]) -> hunyuan_a13b.HParams:
     """Read the graph's sizes, from tensors where these say them. Raises KeyError naming what is absent."""
-    n_ff_exp, n_ff_shexp = shapes["blk.0.ffn_gate_exps.weight"][1], shapes["blk.0.ffn_gate_shexp.weight"][0]
+    n_ff_exp = _size(shapes, "blk.0.ffn_gate_exps.weight", 1)
+    n_ff_shexp = _size(shapes, "blk.0.ffn_gate_shexp.weight", 0)
     n_expert_used = _integer(values, "expert_used_count")
     if n_expert_used < 2:
         raise UnsupportedError(
@@ -182,13 +198,13 @@ def _hparams(values: Values, shapes: Mapping[str, tuple[int, ...]]) -> hunyuan_a
         n_embd=_integer(values, "embedding_length"),
         n_head=_integer(values, "attention.head_count"),
         n_head_kv=_integer(values, "attention.head_count_kv"),
-        head_dim=shapes["blk.0.attn_q_norm.weight"][0],
+        head_dim=_size(shapes, "blk.0.attn_q_norm.weight", 0),
         n_ff_exp=n_ff_exp,
         n_ff_shexp=n_ff_shexp,
         n_expert=_integer(values, "expert_count"),
         n_expert_used=n_expert_used,
         n_shared=max(n_ff_shexp // max(n_ff_exp, 1), 1),
-        n_vocab=shapes["token_embd.weight"][0],
+        n_vocab=_size(shapes, "token_embd.weight", 0),
         n_ctx_train=_integer(values, "context_length"),
         rms_eps=_float(values, "attention.layer_norm_rms_epsilon"),
         rope_base=_float(values, "rope.freq_base"),
@@ -196,18 +212,38 @@ def _hparams(values: Values, shapes: Mapping[str, tuple[int, ...]]) -> hunyuan_a
     )
 
 
+def _size(shapes: Mapping[str, tuple[int, ...]], name: str, dimension: int) -> int:
+    shape = shapes[name]
+    if dimension >= len(shape) or exactly(shape[dimension], "UINT32") is None:
+        raise ModelFileError(f"{name}: shape", got=list(shape), expected=f"dimension {dimension} of 32 bits")
+    return shape[dimension]
+
+
 def _integer(values: Values, name: str) -> int:
     value = values[f"{ARCH}.{name}"]
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**32:
+    if not isinstance(value, int) or isinstance(value, bool) or exactly(value, "UINT32") is None:
         raise ModelFileError(f"{ARCH}.{name}", got=_short(value), expected="an integer")
     return value
 
 
 def _float(values: Values, name: str) -> float:
     value = values[f"{ARCH}.{name}"]
-    if not isinstance(value, float):
-        raise ModelFileError(f"{ARCH}.{name}", got=_short(value), expected="a number")
+    if not isinstance(value, float) or exactly(value, "FLOAT32") is None:
+        raise ModelFileError(f"{ARCH}.{name}", got=_short(value), expected="a finite number of 32 bits")
     return value
+
+
+def exactly(value: Any, kind: str) -> int | float | None:
+    """Give a number as GGUF's INT32, UINT32 or FLOAT32 holds it; None where it does not.
+
+    An integer must be one and in range; a float may lose digits, and must be finite.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    if kind == "FLOAT32":
+        return float(value) if abs(value) <= MAX_FLOAT32 else None
+    low, high = INTEGERS[kind]
+    return int(value) if value == int(value) and low <= value <= high else None
 
 
 def _vocabulary(source: Path, values: Values, model: Published) -> Iterator[Key]:
@@ -226,13 +262,15 @@ def _vocabulary(source: Path, values: Values, model: Published) -> Iterator[Key]
         yield Key("tokenizer.ggml.merges", merges, "ARRAY")
     kinds = {key.removeprefix("general.sampling."): kind for _, key, kind in metadata.SAMPLING}
     for name, value in model.sampling.items():
-        present = values.get(f"general.sampling.{name}")
-        present = present if isinstance(present, int | float) else value
-        yield Key(f"general.sampling.{name}", present, kinds.get(name, "INT32"))  # type: ignore[arg-type]
+        kind = kinds.get(name, "INT32")
+        present = exactly(values.get(f"general.sampling.{name}"), kind)
+        yield Key(f"general.sampling.{name}", value if present is None else present, kind)  # type: ignore[arg-type]
 
 
 def _merges(tokens: list[str], types: list[int]) -> list[str]:
     """Recover the merges from the tokens; none where these are no ranks of bytes."""
+    if any(isinstance(token, str) and len(token) > MAX_TOKEN_LETTERS for token in tokens):
+        return []
     byte_of = {letter: byte for byte, letter in enumerate(byte_alphabet())}
     try:
         ranks = [
@@ -276,7 +314,7 @@ def _short(value: Any) -> str:
         return "none"
     if isinstance(value, list):
         return f"{len(value)} entries"
-    return f"{len(value)} characters" if isinstance(value, str) and len(value) > 60 else str(value)
+    return f"{len(value)} characters" if isinstance(value, str) and len(value) > 60 else shown(str(value))
 
 
 # -- the output -------------------------------------------------------------------------------------------------------

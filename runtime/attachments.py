@@ -8,6 +8,7 @@ from pathlib import Path
 from hymoe import console
 from hymoe.errors import HyError
 from hymoe.runtime.conversation import Attachment
+from hymoe.runtime.wrap import harmless, printable
 
 # About a million tokens of English; what the context holds is for the server to say.
 MAX_BYTES = 4 << 20
@@ -19,15 +20,15 @@ _PUNCTUATION = ".,;:!?)]}。，；：！？）」”、"
 
 def read_file(given: str) -> Attachment:
     """Read a text file. Raises HyError where there is none, or it is too large, a folder, or not text."""
-    path = Path(given).expanduser()
     try:
+        path = Path(given).expanduser()
         size = path.stat().st_size
         if path.is_file() and size > MAX_BYTES:
             limit = console.format_bytes(MAX_BYTES)
             raise HyError(str(path), got=console.format_bytes(size), expected=f"at most {limit} of text")
         # A pipe or a device has no end; a folder says itself what it is.
         raw = path.read_bytes() if path.is_file() or path.is_dir() else b"\0"
-    except (OSError, ValueError) as exc:
+    except (OSError, ValueError, RuntimeError) as exc:
         raise HyError(f"{given}: cannot read", got=getattr(exc, "strerror", None) or exc) from exc
     if b"\0" in raw:
         raise HyError(str(path), got="a binary file", expected="a text file in UTF-8")
@@ -35,7 +36,9 @@ def read_file(given: str) -> Attachment:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as exc:
         raise HyError(str(path), got="bytes that are no UTF-8", expected="a text file in UTF-8") from exc
-    return Attachment(path.name, text.replace("\r\n", "\n"))
+    # A name may hold any byte but NUL and a slash: newlines would break out of its line, and JSON carries no bytes.
+    name = " ".join(printable(harmless(path.name)).split())
+    return Attachment(name, text.replace("\r\n", "\n"))
 
 
 def mentioned(text: str) -> tuple[list[Attachment], list[str]]:

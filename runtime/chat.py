@@ -110,19 +110,24 @@ class Chat:
         Both join the conversation when the answer is complete, or stopped (asyncio.CancelledError passes through).
         After an error neither does, and the question is offered again. Raises HyError.
         """
-        mentioned, missing = attachments.mentioned(question)
+        try:
+            mentioned, missing = attachments.mentioned(question)
+        except HyError:
+            self.display.offer(question)
+            raise
         for name in missing:
             self.display.note(f"no file {name}: sent as it stands")
         files = (*self.files, *mentioned)
         for file in mentioned:
             await self._tell_size(file)
-        taken: list[Exchange] = []
         number, self.editing = self.editing, None
         if number is not None:
-            taken = self.conversation.rewind(number)
-            files = files or taken[0].files
-        await self._ask_and_keep(Exchange(question, files), taken)
-        self.files = []
+            files = files or self.conversation.exchanges[number - 1].files
+        try:
+            await self._ask_and_keep(Exchange(question, files), number)
+        except HyError:
+            self.editing = number
+            raise
 
     async def ask_once(self, prompt: str) -> Answer:
         """Ask as a script wants it: an @ is an @, and what goes wrong is raised and not mended. Raises HyError."""
@@ -134,8 +139,9 @@ class Chat:
     async def ask_again(self) -> None:
         """Ask the last question once more, in place of its answer. Raises HyError."""
         self.last  # noqa: B018 - raises where there is none
-        taken = self.conversation.rewind(len(self.conversation.exchanges))
-        await self._ask_and_keep(Exchange(taken[0].question, taken[0].files), taken)
+        self.editing = None
+        last = self.conversation.exchanges[-1]
+        await self._ask_and_keep(Exchange(last.question, last.files), len(self.conversation.exchanges))
 
     async def attach(self, path: str) -> None:
         """Let a file go with the next question. Raises HyError."""
@@ -159,11 +165,7 @@ class Chat:
     async def load(self, path: Path) -> None:
         """Go on with a saved conversation. Raises HyError; the present one stays then."""
         loaded = transcript.read(path)
-        settings = Settings()
-        for name, value in dict(loaded.settings.get("sampling") or {}).items():
-            settings.set(name, str(value))
-        if loaded.settings.get("think"):
-            settings.set_thinking(str(loaded.settings["think"]))
+        settings = Settings.restored(loaded.settings, str(path))
         self.conversation, self.settings, self.editing, self.files = loaded.conversation, settings, None, []
         self.display.note(f"{path}: {len(self.conversation.exchanges)} exchanges")
         beside = path.with_name(path.name + KV_SUFFIX)
@@ -186,16 +188,21 @@ class Chat:
         size = f"about {len(file.text.encode()) // BYTES_PER_TOKEN}" if n_tokens is None else str(n_tokens)
         self.display.note(f"{file.name}: {size} tokens, goes with the question")
 
-    async def _ask_and_keep(self, exchange: Exchange, taken: list[Exchange]) -> None:
-        """Ask, and keep the exchange; `taken` comes back after an error."""
+    async def _ask_and_keep(self, exchange: Exchange, number: int | None) -> None:
+        """Ask, and keep the exchange, in place of exchange `number` and what followed it; after an error they stay."""
         talk = self.conversation
         n_left_out = talk.n_left_out
+        taken = talk.rewind(number) if number is not None else []
         try:
             await self._ask(exchange)
         except asyncio.CancelledError:
             exchange.answer.reason = "stopped"
-            # Nothing is no better than the answer that was there.
-            talk.exchanges += [exchange] if exchange.answer.text or not taken else taken
+            if taken and not exchange.answer.text:
+                # Nothing is no better than the answer that was there.
+                talk.exchanges += taken
+                talk.n_left_out = n_left_out
+            else:
+                self._keep(exchange)
             self.display.note("stopped")
             raise
         except HyError:
@@ -203,8 +210,13 @@ class Chat:
             talk.n_left_out = n_left_out
             self.display.offer(exchange.question)
             raise
-        talk.exchanges.append(exchange)
+        self._keep(exchange)
         self._say_how_it_ended(exchange.answer)
+
+    def _keep(self, exchange: Exchange) -> None:
+        self.conversation.exchanges.append(exchange)
+        # A file that was attached while the answer came goes with the next question.
+        self.files = [file for file in self.files if not any(file is sent for sent in exchange.files)]
 
     async def _ask(self, exchange: Exchange) -> None:
         """Ask until an answer is complete: after less where the context is full, again where the server was lost."""

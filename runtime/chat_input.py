@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import platformdirs
@@ -15,8 +16,10 @@ from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from hymoe import console
 from hymoe.runtime.commands import COMMANDS
 from hymoe.runtime.settings import SETTINGS
+from hymoe.runtime.wrap import printable
 
 MAX_PATHS = 50
+MAX_KEPT = 20_000  # characters of a line in the history, which is read as a whole at each start
 _PATH_COMMANDS = ("/file", "/save", "/load")
 _MENTION = re.compile(r'(?:^|\s)@"?([^\s"]*)$')
 _ARGUMENTS = {"/set": tuple(SETTINGS), "/think": ("on", "off", "budget", "default"), "/tokens": ("all", "thought")}
@@ -65,4 +68,14 @@ def open_history() -> History:
     except OSError as exc:
         console.warn(f"{path}: {exc.strerror}; what you type is not kept")
         return InMemoryHistory()
-    return FileHistory(str(path))
+    return PrivateHistory(str(path))
+
+
+class PrivateHistory(FileHistory):
+    """Keeps what is typed, but no line that begins with a space, as shells do it, and nothing very long."""
+
+    def store_string(self, string: str) -> None:
+        """Write a line to the file; that it cannot be written must not end a conversation."""
+        if not string.startswith(" ") and len(string) <= MAX_KEPT:
+            with suppress(OSError):
+                super().store_string(printable(string))

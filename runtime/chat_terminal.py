@@ -10,8 +10,10 @@ import asyncio
 import base64
 import os
 import re
+import signal
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from prompt_toolkit.application import Application
 from prompt_toolkit.buffer import Buffer
@@ -37,6 +39,7 @@ from hymoe.runtime.chat import Chat, tokens_of
 from hymoe.runtime.chat_input import ChatCompleter, open_history
 from hymoe.runtime.commands import Leave, obey
 from hymoe.runtime.conversation import Answer
+from hymoe.runtime.process import Terminated
 from hymoe.runtime.stream import Piece, Progress
 from hymoe.runtime.wrap import Ink, harmless, wrap
 
@@ -222,7 +225,7 @@ class TerminalChat:
         console.status(INTRODUCTION)
         self.display.attach(self._app, self._buffer)
         # What others print (a restarted server's "still loading") goes above the input too.
-        with patch_stdout(raw=True):
+        with patch_stdout(raw=True), self._ended_by_signals():
             tasks = [asyncio.create_task(self._work()), asyncio.create_task(self._ticking())]
             try:
                 await self._app.run_async(handle_sigint=False)
@@ -230,6 +233,25 @@ class TerminalChat:
                 for task in [*tasks, *filter(None, [self._current])]:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
+
+    @contextmanager
+    def _ended_by_signals(self) -> Iterator[None]:
+        """Let SIGTERM and SIGHUP end the application between two steps, and not in the middle of whatever runs."""
+        loop = asyncio.get_running_loop()
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+        ours = {number: handler for number, handler in before.items() if callable(handler)}
+        for number in ours:
+            loop.add_signal_handler(number, self._end, Terminated(128 + number))
+        try:
+            yield
+        finally:
+            for number, handler in ours.items():
+                loop.remove_signal_handler(number)
+                signal.signal(number, handler)
+
+    def _end(self, reason: BaseException) -> None:
+        if not self._app.is_done:
+            self._app.exit(exception=reason)
 
     async def _work(self) -> None:
         """Do what was sent, one thing after the other."""

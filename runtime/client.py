@@ -127,7 +127,12 @@ class Client:
             what = "a wrong API key" if self.endpoint.api_key else "no API key"
             return ServerError(f"{self.endpoint.url}: got {what}", fix="set HYMOE_API_KEY to the server's")
         try:
-            return refusal(json.loads(raw))
+            body = json.loads(raw)
+            error = body.get("error") if isinstance(body, dict) else None
+            if status == 503 and isinstance(error, dict) and error.get("type") == "unavailable_error":
+                # As good as lost: what it is cannot be asked, and in a moment it is back.
+                return LostServerError(f"{self.endpoint.url} is still loading its model", fix="try again in a moment")
+            return refusal(body)
         except ValueError:
             return ServerError(
                 f"{self.endpoint.url}: got HTTP {status}", expected="a chat answer", fix="is it a llama-server?"

@@ -8,11 +8,13 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.cells import cell_len
 from rich.text import Text
 
 from hymoe.errors import HyError
 from hymoe.runtime.chat import Chat, tokens_of
 from hymoe.runtime.conversation import Token
+from hymoe.runtime.wrap import printable
 
 # Words for the model that look like commands of ours.
 MODEL_WORDS = ("/think", "/no_think")
@@ -38,6 +40,7 @@ class Command:
 
 async def obey(chat: Chat, line: str) -> None:
     """Do what a line asks for: a command, or a question. Raises HyError, and Leave."""
+    line = printable(line)
     name, _, argument = line.partition(" ")
     if name == "/think" and argument and not re.fullmatch(r"(on|off|default|budget\b.*)", argument.strip()):
         await chat.ask(line)  # the model's own word
@@ -61,6 +64,7 @@ async def _again(chat: Chat, _argument: str) -> None:
 
 async def _undo(chat: Chat, _argument: str) -> None:
     _exchange_number(chat, "")
+    chat.editing = None
     taken = chat.conversation.rewind(len(chat.conversation.exchanges))
     chat.display.note(f"forgotten: {_short(taken[0].question)}")
 
@@ -179,7 +183,7 @@ async def _thought(chat: Chat, _argument: str) -> None:
 
 async def _reset(chat: Chat, _argument: str) -> None:
     chat.conversation.reset()
-    chat.files = []
+    chat.files, chat.editing = [], None
     chat.display.note("the conversation is forgotten")
 
 
@@ -222,9 +226,18 @@ def _shade(p: float) -> str:
 
 
 def _token_line(token: Token) -> str:
-    likely = [(text, p) for text, p in token.alternatives if text != token.text and p > LEAST_SHOWN]
-    others = [f"{_quoted(text)} {_percent(p)}" for text, p in likely]
-    return f"{_percent(token.logprob):>7}  {_quoted(token.text):14} {'  '.join(others)}".rstrip()
+    others = [f"{_quoted(text)} {_percent(p)}" for text, p in token.alternatives if _is_other(token, text, p)]
+    shown = _quoted(token.text)
+    room = " " * max(14 - cell_len(shown), 0)
+    return f"{_percent(token.logprob):>7}  {shown}{room} {'  '.join(others)}".rstrip()
+
+
+def _is_other(token: Token, text: str, logprob: float) -> bool:
+    """Whether an alternative is likely enough to be shown, and not the token itself.
+
+    Of a token that begins or ends in a tag only the rest is its text; among the alternatives it stands whole.
+    """
+    return logprob > LEAST_SHOWN and not (token.text in text and logprob == token.logprob)
 
 
 def _quoted(text: str) -> str:
@@ -249,7 +262,13 @@ def _exchange_number(chat: Chat, given: str) -> int:
 def _path(name: str, argument: str) -> Path:
     if not argument:
         raise HyError(name, got="nothing", expected="a file")
-    return Path(argument.strip('"')).expanduser()
+    try:
+        path = Path(argument.strip('"')).expanduser()
+    except RuntimeError as exc:  # ~nobody/
+        raise HyError(name, got=argument, expected="a file", fix=str(exc)) from exc
+    if not path.name or "\0" in argument:
+        raise HyError(name, got=argument, expected="a file")
+    return path
 
 
 def _short(text: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import re
 import secrets
 import tempfile
 import time
@@ -15,7 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hymoe.errors import HyError
+from hymoe.errors import HyError, OutputError
+from hymoe.runtime import header
 from hymoe.runtime.client import Client, LostServerError
 from hymoe.runtime.endpoint import Endpoint
 from hymoe.runtime.server import Server, ServerExitError, ServerOptions
@@ -76,7 +78,7 @@ class PrivateHost(AttachedHost):
         self._keeper = keeper
         self._slots = slots
         self.n_ctx = server.n_ctx
-        self.model = fingerprint(options.model)
+        self.model = identity(options)
 
     def explain(self) -> None:
         """Say how the server ended, if it did: raises ServerExitError then."""
@@ -99,9 +101,18 @@ class PrivateHost(AttachedHost):
 
     async def save_kv(self, path: Path) -> int:
         """Let the server write beside the conversation."""
-        with self._linked(path) as name:
-            answer = await self.client.slot("save", name)
-        path.chmod(0o600)
+        try:
+            # Private from its first byte: the server would make it as readable as any file.
+            path.touch(mode=0o600)
+            path.chmod(0o600)
+            with self._linked(path) as name:
+                answer = await self.client.slot("save", name)
+        except OSError as exc:
+            raise OutputError(f"{path.name}: cannot write", got=exc.strerror or exc) from exc
+        except BaseException:
+            # What is half written belongs to no conversation.
+            path.unlink(missing_ok=True)
+            raise
         return int(answer.get("n_saved") or 0)
 
     async def load_kv(self, path: Path) -> int:
@@ -175,11 +186,28 @@ def private_options(options: ServerOptions, slots: Path) -> ServerOptions:
     return replace(options, port=0, api_key=secrets.token_urlsafe(32), extra=extra)
 
 
+def identity(options: ServerOptions) -> dict[str, Any]:
+    """Say what the memory of a server depends on: the model's file, or files, and how its tokens are routed."""
+    router = options.router or header.peek(options.model).scalars.get("hunyuan-moe.router.mode", "topk")
+    return {**fingerprint(options.model), "router": str(router)}
+
+
 def fingerprint(model: Path) -> dict[str, Any]:
-    """Tell a model file from others without reading all of it: its size, and a hash of both ends."""
-    size = model.stat().st_size
-    with model.open("rb") as file:
-        ends = file.read(_SAMPLE_BYTES)
-        file.seek(max(size - _SAMPLE_BYTES, 0), os.SEEK_SET)
-        ends += file.read(_SAMPLE_BYTES)
-    return {"name": model.name, "bytes": size, "sha256": hashlib.sha256(ends).hexdigest()[:32]}
+    """Tell a model from others without reading all of it: the size of each part, and a hash of every part's ends."""
+    sizes, ends = [], hashlib.sha256()
+    for part in parts(model):
+        sizes.append(part.stat().st_size)
+        with part.open("rb") as file:
+            ends.update(file.read(_SAMPLE_BYTES))
+            file.seek(max(sizes[-1] - _SAMPLE_BYTES, 0), os.SEEK_SET)
+            ends.update(file.read(_SAMPLE_BYTES))
+    return {"name": model.name, "bytes": sizes, "sha256": ends.hexdigest()[:32]}
+
+
+def parts(model: Path) -> list[Path]:
+    """Give the files of a model: those beside a first part `NAME-00001-of-00004.gguf` too, as far as they are there."""
+    found = re.fullmatch(r"(.*)-00001-of-(\d{5})\.gguf", model.name)
+    if found is None:
+        return [model]
+    names = [f"{found[1]}-{number:05}-of-{found[2]}.gguf" for number in range(2, int(found[2]) + 1)]
+    return [model, *(part for name in names if (part := model.with_name(name)).is_file())]

@@ -32,6 +32,7 @@ def inline(source: str, *, open_ended: bool, keep_code_marks: bool = False) -> T
     text = Text()
     at = 0
     opened: dict[str, int] = {}
+    closing = {} if open_ended else _last_closing(source)
     while found := _TOKEN.search(source, at):
         text.append(source[at : found.start()])
         at = found.end()
@@ -42,7 +43,8 @@ def inline(source: str, *, open_ended: bool, keep_code_marks: bool = False) -> T
         elif found["link"]:
             text.append(found[0], LINK)
         else:
-            _mark(text, source, found, opened, open_ended=open_ended)
+            has_end = open_ended or closing.get(found[0], -1) >= found.end()
+            _mark(text, source, found, opened, has_end=has_end, open_ended=open_ended)
     text.append(source[at:])
     for mark, start in opened.items():
         text.stylize(_STYLES[mark], start)
@@ -65,21 +67,23 @@ def _code(text: Text, source: str, found: re.Match[str], *, open_ended: bool, ke
     return close.end() if close else end
 
 
-def _mark(text: Text, source: str, found: re.Match[str], opened: dict[str, int], *, open_ended: bool) -> None:
+def _mark(
+    text: Text, source: str, found: re.Match[str], opened: dict[str, int], *, has_end: bool, open_ended: bool
+) -> None:
     mark = found[0]
     before, after = source[: found.start()][-1:], source[found.end() :][:1]
     if mark in opened and before and not before.isspace():
         text.stylize(_STYLES[mark], opened.pop(mark))
         return
-    if mark not in opened and not after.isspace() and (after or open_ended) and _closes(source, found, open_ended):
+    if mark not in opened and not after.isspace() and (after or open_ended) and has_end:
         opened[mark] = len(text)
         return
     text.append(mark)
 
 
-def _closes(source: str, found: re.Match[str], open_ended: bool) -> bool:
-    """Whether the mark has its other half, or need not have it yet."""
-    return open_ended or any(
-        other.group("mark") == found[0] and not source[other.start() - 1].isspace()
-        for other in _TOKEN.finditer(source, found.end())
-    )
+def _last_closing(source: str) -> dict[str, int]:
+    """Give where each mark stands last in a place where it can close: once for a line, which may hold thousands."""
+    tokens = _TOKEN.finditer(source)
+    return {
+        found[0]: found.start() for found in tokens if found["mark"] and not source[found.start() - 1 :][:1].isspace()
+    }

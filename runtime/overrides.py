@@ -7,7 +7,7 @@ defaults as flags; so a file on disk need not be written again to be served righ
 from __future__ import annotations
 
 import hashlib
-import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +64,8 @@ def line(header: Header, found: Sequence[Override]) -> str:
     """Say all of it in one line."""
     *most, last = [override.what for override in found]
     what = f"{', '.join(most)} and {last}" if most else last
-    return f"{header.path.name} is from another tool: served with {what}; hy-convert --repair makes a file with these"
+    origin = "lacks some metadata" if "hymoe.version" in header.scalars else "is from another tool"
+    return f"{header.path.name} {origin}: served with {what}; hy-convert --repair makes a file with these"
 
 
 def _end_tokens(header: Header, model: Published) -> Iterator[Override]:
@@ -122,11 +123,22 @@ def _kept(text: str) -> Path:
         if file.is_file() and file.read_bytes() == raw:
             return file
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f"{file.name}.{os.getpid()}")
-        temporary.write_bytes(raw)
-        temporary.replace(file)
+        _replace(file, raw)
     except OSError as exc:
         raise OutputError(
             f"{file}: cannot write the repaired template", got=exc.strerror or exc, fix="set HYMOE_CACHE to a folder"
         ) from exc
     return file
+
+
+def _replace(file: Path, raw: bytes) -> None:
+    """Write beside the file and rename, so that a server never reads half of it; nothing is left where that fails."""
+    handle, name = tempfile.mkstemp(dir=file.parent, prefix=file.name)
+    temporary = Path(name)
+    try:
+        with open(handle, "wb") as stream:
+            stream.write(raw)
+        temporary.replace(file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

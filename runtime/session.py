@@ -107,7 +107,7 @@ async def _chat(host: AttachedHost, display: Display, options: ChatOptions, *, w
     chat = Chat(host, display, Conversation(options.system), options.settings, fields)
     if options.load:
         await chat.load(options.load)
-        chat.settings.values |= options.settings.values
+        chat.settings.take(options.settings)
         chat.conversation.system = options.system or chat.conversation.system
     for path in options.files:
         await chat.attach(str(path))

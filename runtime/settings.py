@@ -49,6 +49,18 @@ class Settings:
     think: bool | None = None
     budget: int | None = None
 
+    @classmethod
+    def restored(cls, saved: Mapping[str, Any], name: str) -> Settings:
+        """Take up what a conversation was saved with; `name` is the file in errors. Raises HyError."""
+        settings, sampling = cls(), saved.get("sampling") or {}
+        if not isinstance(sampling, dict):
+            raise HyError(f"{name}: sampling", got=sampling, expected="names and values")
+        for key, value in sampling.items():
+            settings.set(str(key), str(value))
+        if saved.get("think"):
+            settings.set_thinking(str(saved["think"]))
+        return settings
+
     def fields(self) -> dict[str, Any]:
         """Give the fields of a request."""
         fields: dict[str, Any] = dict(self.values)
@@ -90,6 +102,12 @@ class Settings:
                 self.think, self.budget = True, int(number)
             case _:
                 raise HyError("/think", got=words or "nothing", expected="on, off, budget N or default")
+
+    def take(self, other: Settings) -> None:
+        """Choose what `other` has chosen."""
+        self.values |= other.values
+        if other.think is not None:
+            self.think, self.budget = other.think, other.budget
 
     def thinking(self) -> str:
         """Say how thinking is set: "on", "off", "budget 200", "default"."""

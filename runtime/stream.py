@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -140,9 +141,9 @@ class ChatStream:
 
 def _token(entry: object) -> tuple[str, float]:
     logprob = entry.get("logprob") if isinstance(entry, dict) else None
-    if not isinstance(logprob, int | float):
+    if not isinstance(logprob, int | float) or math.isnan(logprob):
         raise TypeError(f"logprob is {logprob!r}")
-    return _printable(_field(entry, "token", str)), float(logprob)
+    return _printable(_field(entry, "token", str)), float(min(logprob, 0.0))
 
 
 def _printable(text: str) -> str:

@@ -20,7 +20,9 @@ such a comment is written with a backslash before it, which reading takes away.
 from __future__ import annotations
 
 import json
+import os
 import re
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,7 @@ from hymoe.errors import HyError, OutputError
 from hymoe.runtime.conversation import Attachment, Conversation, Exchange
 
 VERSION = 1
+MAX_BYTES = 1 << 28  # far more than any conversation; a model's file, given by mistake, has gigabytes
 _HEAD = re.compile(r"<!-- hy-chat conversation, version (\d+) -->")
 _PART = re.compile(r"<!-- (system|user|file|thought|assistant|settings)(?: (.*))? -->")
 _LOOKS_LIKE_ONE = re.compile(r"\\*<!-- ")
@@ -44,19 +47,31 @@ class Transcript:
 
 
 def write(path: Path, transcript: Transcript) -> None:
-    """Write the file, private to its owner. Raises OutputError."""
+    """Write the file, private to its owner; it may replace a conversation, but nothing else. Raises OutputError."""
+    part = None
     try:
-        part = path.with_name(path.name + ".part")
-        part.touch(mode=0o600)
-        part.write_text(dumps(transcript), encoding="utf-8", newline="\n")
+        if path.exists() and not _is_one(path):
+            raise OutputError(f"{path}: is there, and no conversation", fix="choose another name")
+        # A name of our own: who can foresee it could lay a link there.
+        number, name = tempfile.mkstemp(".part", f"{path.name}.", path.parent)
+        part = Path(name)
+        with os.fdopen(number, "w", encoding="utf-8", errors="replace", newline="\n") as file:
+            file.write(dumps(transcript))
         part.replace(path)
     except OSError as exc:
         raise OutputError(f"{path}: cannot write", got=exc.strerror or exc) from exc
+    finally:
+        if part is not None:
+            part.unlink(missing_ok=True)
 
 
 def read(path: Path) -> Transcript:
     """Read a file that `write` wrote, by hand edited or not. Raises HyError."""
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise HyError(str(path), got="a device or a pipe", expected="a conversation that /save wrote")
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise HyError(str(path), got=f"{size} bytes", expected="a conversation that /save wrote")
         return loads(path.read_bytes().decode("utf-8"), str(path))
     except OSError as exc:
         raise HyError(f"{path}: cannot read", got=exc.strerror or exc) from exc
@@ -88,18 +103,31 @@ def loads(text: str, name: str) -> Transcript:
     found = _HEAD.fullmatch(head.strip())
     if not found:
         raise HyError(name, got="no conversation", expected=f"a file that /save wrote (version {VERSION})")
-    if int(found[1]) != VERSION:
-        raise HyError(name, got=f"version {found[1]}", expected=f"version {VERSION}", fix="a newer hy-chat wrote it")
+    if found[1] != str(VERSION):
+        raise HyError(
+            name, got=f"version {found[1][:20]}", expected=f"version {VERSION}", fix="a newer hy-chat wrote it"
+        )
     result = Transcript(Conversation(), {})
     for kind, extra, content in _parts(body):
         try:
             _add(result, kind, extra, content)
-        except (ValueError, TypeError, AttributeError, IndexError) as exc:
-            raise HyError(f"{name}: part {kind!r}", got=str(exc) or "no user before it") from exc
+        except IndexError as exc:
+            raise HyError(f"{name}: part {kind!r}", got="no user before it") from exc
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as exc:
+            raise HyError(f"{name}: part {kind!r}", got=str(exc)) from exc
     left_out = result.settings.pop("left_out", 0)
     if isinstance(left_out, int):
         result.conversation.n_left_out = max(0, min(left_out, len(result.conversation.exchanges)))
     return result
+
+
+def _is_one(path: Path) -> bool:
+    """Whether the file is empty, or begins as a conversation does. Raises OSError."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        head = file.readline(200).decode("utf-8", "replace")
+    return not head or bool(_HEAD.fullmatch(head.strip()))
 
 
 def _add(result: Transcript, kind: str, extra: str, content: str) -> None:
@@ -111,7 +139,10 @@ def _add(result: Transcript, kind: str, extra: str, content: str) -> None:
     elif kind == "user":
         talk.exchanges.append(Exchange(content))
     elif kind == "file":
-        talk.exchanges[-1].files += (Attachment(json.loads(extra), content),)
+        file_name = json.loads(extra)
+        # Half of a surrogate pair, which JSON can hold, no request can.
+        file_name.encode("utf-8")
+        talk.exchanges[-1].files += (Attachment(file_name, content),)
     elif kind == "thought":
         cost = json.loads(extra or "{}")
         answer = talk.exchanges[-1].answer

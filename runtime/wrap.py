@@ -13,13 +13,19 @@ _NO_BEGIN = frozenset("，。、；：？！）》】」』”’…—·～％,
 _NO_END = frozenset("（《【「『“‘([{")
 _TAB = 4
 
-# Control characters of a model's text could move the cursor or retitle the window.
-_CONTROLS = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)))
+# Control characters of a model's text could move the cursor or retitle the window; those that turn the direction of
+# writing around could show code in another order than it is in (U+202A to 202E, U+2066 to 2069).
+_CONTROLS = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)))
 
 
 def harmless(text: str) -> str:
-    """Take away every control character but newline and tab."""
+    """Take away every control character but newline and tab, and what overrides the direction of writing."""
     return text.translate(_CONTROLS)
+
+
+def printable(text: str) -> str:
+    """Replace halves of surrogate pairs: Python hands on bytes that are no UTF-8 as such, and nothing encodes them."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def wrap(text: Text, width: int, *, indent: str = "", hanging: str = "") -> list[Text]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from hymoe import console
 from hymoe.convert import miniature
 from hymoe.convert.convert import ConvertOptions, convert
 
@@ -31,6 +32,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("data"):
                 item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _usual_verbosity() -> None:
+    """A command that was run with -q leaves the process quiet."""
+    console.set_verbosity()
 
 
 def data_folder() -> Path | None:

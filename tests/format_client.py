@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 from format_reader import Message
-from format_shapes import Call
+from format_shapes import Call, Shape
 from scripted_model import NEWLINE, START, Script, cut, write_scripted
 
 SIZES = (4, 5, 6, 7, 9, 3)  # of pieces, in characters
+PER_MODEL = 12
 TIMEOUT = 120  # seconds; far more than any answer takes
 
 
@@ -43,6 +44,23 @@ class Book:
     def write(self, path: Path, template: str) -> Path:
         """Write the model."""
         return write_scripted(path, self.scripts, template=template)
+
+
+def books(shapes: Iterable[Shape]) -> Iterator[tuple[Book, dict[str, Shape]]]:
+    """Pack shapes into as few models as will hold them, in order; a shape is asked for by its word."""
+    book, words = Book(), dict[str, Shape]()
+    for number, shape in enumerate(shapes):
+        word = f"shape{number};"
+        try:
+            if len(words) == PER_MODEL:
+                raise ValueError
+            book.add(word, shape.text, closed=bool(shape.begun))
+        except ValueError:  # it is full, or the shape shares too much with those before it
+            yield book, words
+            book, words = Book(), {}
+            book.add(word, shape.text, closed=bool(shape.begun))
+        words[word] = shape
+    yield book, words
 
 
 def function(name: str, **properties: Any) -> dict[str, Any]:

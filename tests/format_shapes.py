@@ -29,6 +29,7 @@ class Shape:
     calls: tuple[Call, ...] = ()
     mode: str = "plain"
     begun: str = ""
+    grammar: str = ""
 
     def __str__(self) -> str:
         return self.name

@@ -13,6 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from terminal import Terminal, command
+
+WORDS = [f"word{n:03} " for n in range(300)]
+
 
 class Pace:
     """What the server says and when: words `seconds` apart; `sent` holds the time (time.monotonic) of each word."""
@@ -59,3 +63,47 @@ def paced_server(pace: Pace) -> Iterator[str]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_address[1]}"
         server.shutdown()
+
+
+def first_token_delays(env: dict[str, str], n: int) -> list[float]:
+    """Ask hy-chat `n` times; give the seconds from a first word's being sent until it is on the screen."""
+    delays = []
+    pace = Pace([], 0.2, wait=0.3)
+    with paced_server(pace) as url, Terminal(command("hy-chat", "--url", url), env=env) as terminal:
+        terminal.expect("context 0")
+        for word in WORDS[:n]:
+            pace.words = [word]
+            pace.sent.clear()
+            begun = len(terminal.screen)
+            terminal.type("Hello\r")
+            terminal.expect(word.strip(), after=begun)
+            delays.append(time.monotonic() - pace.sent[0])
+            time.sleep(0.5)
+        terminal.type("\x04")
+        assert terminal.wait() == 0
+    return delays
+
+
+def typing_delays(env: dict[str, str], keys: str, seconds: float = 0.01) -> list[float]:
+    """Type while a word comes every `seconds`; give the seconds from each key until it shows.
+
+    What was typed must be asked when the answer is complete.
+    """
+    delays = []
+    with paced_server(Pace(WORDS, seconds)) as url, Terminal(command("hy-chat", "--url", url), env=env) as terminal:
+        terminal.expect("context 0")
+        terminal.type("Hello\r")
+        at = terminal.expect("word010")
+        for key in keys:
+            typed = time.monotonic()
+            terminal.type(key)
+            at = terminal.expect(key, after=at)
+            delays.append(time.monotonic() - typed)
+        assert "word299" not in terminal.screen
+        terminal.type("\r")
+        terminal.expect("1 waiting")
+        terminal.expect("word299")
+        terminal.expect("word299", after=terminal.expect("word000", after=len(terminal.screen)))
+        terminal.type("\x04")
+        assert terminal.wait() == 0
+    return delays

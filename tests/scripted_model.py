@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from gguf import GGUFWriter, TokenType
 from numpy.typing import NDArray
-from tiny_model import SPECIAL, byte_letters
+from tiny_model import SPECIAL, add_hparams, byte_letters
 
 N_EMBD, HEAD_DIM, N_FF, N_EXPERT = 512, 64, 64, 2
 # Dimensions beyond the codes: which marker a token is, which ones the prompt holds, the same where an answer starts,
@@ -103,7 +103,9 @@ def write_scripted(
     kinds = [TokenType.NORMAL] * len(normal) + [TokenType.USER_DEFINED] * len(markers)
     writer = GGUFWriter(path, "hunyuan-moe")
     writer.add_name(name)
-    _hparams(writer, trained)
+    writer.add_context_length(trained)
+    add_hparams(writer, 1, N_EMBD, N_FF, heads=(1, 1, HEAD_DIM), experts=(N_EXPERT, 1))
+    writer.add_expert_weights_norm(True)
     for key, value in sampling:
         whole = key in ("top_k", "penalty_last_n")
         (writer.add_int32 if whole else writer.add_float32)(f"general.sampling.{key}", value)
@@ -125,25 +127,6 @@ def write_scripted(
     writer.write_tensors_to_file()
     writer.close()
     return path
-
-
-def _hparams(writer: GGUFWriter, trained: int) -> None:
-    writer.add_context_length(trained)
-    writer.add_embedding_length(N_EMBD)
-    writer.add_block_count(1)
-    writer.add_head_count(1)
-    writer.add_head_count_kv(1)
-    writer.add_key_length(HEAD_DIM)
-    writer.add_value_length(HEAD_DIM)
-    writer.add_rope_dimension_count(HEAD_DIM)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_feed_forward_length(N_FF)
-    writer.add_expert_count(N_EXPERT)
-    writer.add_expert_used_count(1)
-    writer.add_expert_weights_norm(True)
-    writer.add_expert_feed_forward_length(N_FF)
-    writer.add_expert_shared_feed_forward_length(N_FF)
 
 
 def _entry(piece: str | bytes) -> str:

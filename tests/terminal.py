@@ -40,7 +40,7 @@ class Terminal:
     """A command on a terminal; `screen` is all it has shown, \\r\\n as \\n."""
 
     def __init__(self, words: list[str], *, env: Mapping[str, str] | None = None) -> None:
-        self.pid, self._fd = pty.fork()
+        self.pid, self.fd = pty.fork()
         if self.pid == 0:
             os.environ.update(env or {})
             # 50 lines of 500 columns: no line of a test wraps.
@@ -57,7 +57,7 @@ class Terminal:
         if self.pid:
             os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
-        os.close(self._fd)
+        os.close(self.fd)
 
     @property
     def screen(self) -> str:
@@ -77,7 +77,7 @@ class Terminal:
 
     def type(self, text: str) -> None:
         """Type `text`; "\\x03" is Ctrl-C, "\\x04" Ctrl-D."""
-        os.write(self._fd, text.encode())
+        os.write(self.fd, text.encode())
 
     def wait(self) -> int:
         """Read to the end and give the exit status."""
@@ -89,10 +89,10 @@ class Terminal:
         return status
 
     def _read(self, deadline: float) -> bool:
-        ready, _, _ = select.select([self._fd], [], [], max(0.0, deadline - time.monotonic()))
+        ready, _, _ = select.select([self.fd], [], [], max(0.0, deadline - time.monotonic()))
         assert ready, f"nothing new for {TIMEOUT:.0f} s:\n{self.screen}"
         try:
-            chunk = os.read(self._fd, 65536)
+            chunk = os.read(self.fd, 65536)
         except OSError:  # Linux says EIO when the other side is gone
             chunk = b""
         self._raw += chunk

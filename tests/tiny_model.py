@@ -42,20 +42,7 @@ def write_model(
     writer.add_name("tiny")
     if trained is not None:
         writer.add_context_length(trained)
-    writer.add_embedding_length(N_EMBD)
-    writer.add_block_count(N_LAYER)
-    writer.add_head_count(N_HEAD)
-    writer.add_head_count_kv(N_HEAD_KV)
-    writer.add_key_length(HEAD_DIM)
-    writer.add_value_length(HEAD_DIM)
-    writer.add_rope_dimension_count(HEAD_DIM)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_feed_forward_length(N_FF)
-    writer.add_expert_count(N_EXPERT)
-    writer.add_expert_used_count(N_EXPERT_USED)
-    writer.add_expert_feed_forward_length(N_FF)
-    writer.add_expert_shared_feed_forward_length(N_FF)
+    add_hparams(writer, N_LAYER, N_EMBD, N_FF, heads=(N_HEAD, N_HEAD_KV, HEAD_DIM), experts=(N_EXPERT, N_EXPERT_USED))
     writer.add_float32("general.sampling.temp", 0.0)
     for key, value in (keys or {}).items():
         add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
@@ -79,6 +66,27 @@ def write_model(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def add_hparams(
+    writer: GGUFWriter, n_layer: int, n_embd: int, n_ff: int, *, heads: tuple[int, int, int], experts: tuple[int, int]
+) -> None:
+    """Write a graph's sizes. heads: n_head, n_head_kv, head_dim; experts: n_expert, n_expert_used; all n_ff wide."""
+    n_head, n_head_kv, head_dim = heads
+    writer.add_embedding_length(n_embd)
+    writer.add_block_count(n_layer)
+    writer.add_head_count(n_head)
+    writer.add_head_count_kv(n_head_kv)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_feed_forward_length(n_ff)
+    writer.add_expert_count(experts[0])
+    writer.add_expert_used_count(experts[1])
+    writer.add_expert_feed_forward_length(n_ff)
+    writer.add_expert_shared_feed_forward_length(n_ff)
 
 
 def tensors(n_vocab: int) -> Iterator[tuple[str, NDArray[np.float32]]]:

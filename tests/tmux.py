@@ -23,7 +23,7 @@ _NUMBERS = (
     (re.compile(r"[\d.]+ (tok(?:ens)?/s)"), r"N \1"),
     (re.compile(r"thought for \d+ s, \d+ tokens"), "thought for N s, N tokens"),
     (re.compile(r"context \d+/(\d+) \(\d+ %\)"), r"context N/\1 (N %)"),
-    (re.compile(r"(\d)\.\d %"), r"\1.N %"),
+    (re.compile(r"\b(\d)\d\.\d %"), r"\1N.N %"),
     (re.compile(r"http://127\.0\.0\.1:\d+"), "http://127.0.0.1:PORT"),
 )
 
@@ -68,6 +68,17 @@ class Tmux:
         """Paste `text`, in brackets where the command has asked for it."""
         self._tmux("set-buffer", "--", text)
         self._tmux("paste-buffer", "-p", "-t", "t")
+
+    def resize(self, columns: int, rows: int) -> None:
+        """Give the terminal another size."""
+        self._tmux("resize-window", "-t", "t", "-x", str(columns), "-y", str(rows))
+
+    def expect_rows_of(self, width: int) -> None:
+        """Wait until every row on the screen but the last three (those still change) is `width` wide."""
+        deadline = time.monotonic() + SECONDS
+        while {len(row) for row in self.screen().splitlines()[:-3]} != {width}:
+            assert time.monotonic() < deadline, f"not all rows are {width} wide:\n{self.screen()}"
+            time.sleep(0.03)
 
     def screen(self, *, styled: bool = False, scrolled: bool = False) -> str:
         """Give what is on the screen: also its escape sequences, also what has scrolled away."""

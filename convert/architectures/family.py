@@ -1,11 +1,36 @@
-"""What the configs of all HunYuan checkpoints share: the rope base, the trained context, the end tokens."""
+"""What the configs of all HunYuan checkpoints share: head size, counts, rope base, trained context, end tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from hymoe.convert.config import Config
-from hymoe.errors import UnsupportedError
+from hymoe.errors import CheckpointError, UnsupportedError
+
+
+def head_dim(config: Config, n_embd: int, n_head: int) -> int:
+    """Give the size of a head. Raises UnsupportedError for one that cannot be rotated in halves."""
+    size = config.integer("head_dim", "attention_head_dim", default=max(n_embd // n_head, 1))
+    if size % 2 or size < 4:
+        raise UnsupportedError(f"{config.source}: head_dim", got=size, expected="an even number of at least 4")
+    return size
+
+
+def check_counts(config: Config, n_head: int, n_head_kv: int, n_expert: int, n_expert_used: int) -> None:
+    """Raise CheckpointError or UnsupportedError for counts that do not go together."""
+    if n_head % n_head_kv:
+        raise CheckpointError(f"{config.source}: num_key_value_heads", got=n_head_kv, expected=f"a divisor of {n_head}")
+    if n_expert < 2:
+        raise UnsupportedError(
+            f"{config.source}: num_experts",
+            got=n_expert,
+            expected="at least 2",
+            fix="a dense HunYuan model is another architecture",
+        )
+    if n_expert_used > n_expert:
+        raise CheckpointError(
+            f"{config.source}: moe_topk", got=n_expert_used, expected=f"at most num_experts {n_expert}"
+        )
 
 
 def rope_base(config: Config, head_dim: int) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 
 from hymoe.convert.architectures import Architecture, Key, Row, family
 from hymoe.convert.config import Config
-from hymoe.errors import CheckpointError, UnsupportedError
+from hymoe.errors import UnsupportedError
 
 ARCH = "hunyuan-moe"
 N_EXTRA = 205  # <|extra_0|> … <|extra_204|>
@@ -71,9 +71,7 @@ def read_hparams(config: Config) -> HParams:
     n_layer = config.integer("num_hidden_layers")
     n_embd = config.integer("hidden_size")
     n_head = config.integer("num_attention_heads")
-    head_dim = config.integer("head_dim", "attention_head_dim", default=max(n_embd // n_head, 1))
-    if head_dim % 2 or head_dim < 4:
-        raise UnsupportedError(f"{config.source}: head_dim", got=head_dim, expected="an even number of at least 4")
+    head_dim = family.head_dim(config, n_embd, n_head)
     n_ff = config.integer("intermediate_size")
     n_shared = config.uniform("num_shared_expert", n_layer=n_layer, default=1)
     hp = HParams(
@@ -98,21 +96,7 @@ def read_hparams(config: Config) -> HParams:
 
 
 def _check(config: Config, hp: HParams) -> None:
-    if hp.n_head % hp.n_head_kv:
-        raise CheckpointError(
-            f"{config.source}: num_key_value_heads", got=hp.n_head_kv, expected=f"a divisor of {hp.n_head}"
-        )
-    if hp.n_expert < 2:
-        raise UnsupportedError(
-            f"{config.source}: num_experts",
-            got=hp.n_expert,
-            expected="at least 2",
-            fix="a dense HunYuan model is another architecture",
-        )
-    if hp.n_expert_used > hp.n_expert:
-        raise CheckpointError(
-            f"{config.source}: moe_topk", got=hp.n_expert_used, expected=f"at most num_experts {hp.n_expert}"
-        )
+    family.check_counts(config, hp.n_head, hp.n_head_kv, hp.n_expert, hp.n_expert_used)
     if hp.n_expert_used < 2:
         raise UnsupportedError(
             f"{config.source}: moe_topk",

@@ -12,7 +12,6 @@ from typing import Any
 
 from hymoe.convert.architectures import Architecture, Key, Row, family
 from hymoe.convert.config import Config
-from hymoe.errors import CheckpointError, UnsupportedError
 
 ARCH = "hunyuan-large"
 N_EXTRA = 204  # <|extra_0|> … <|extra_203|>
@@ -73,7 +72,7 @@ def read_hparams(config: Config) -> HParams:
     n_layer = config.integer("num_hidden_layers")
     n_embd = config.integer("hidden_size")
     n_head = config.integer("num_attention_heads")
-    head_dim = config.integer("head_dim", "attention_head_dim", default=max(n_embd // n_head, 1))
+    head_dim = family.head_dim(config, n_embd, n_head)
     n_ff = config.integer("intermediate_size")
     n_shared = config.uniform("num_shared_expert", n_layer=n_layer, default=1)
     hp = HParams(
@@ -94,30 +93,8 @@ def read_hparams(config: Config) -> HParams:
         tied=config.flag("tie_word_embeddings", default=False),
         shared_kv_factor=config.integer("cla_share_factor") if config.flag("use_cla", default=False) else 1,
     )
-    _check(config, hp)
+    family.check_counts(config, hp.n_head, hp.n_head_kv, hp.n_expert, hp.n_expert_used)
     return hp
-
-
-def _check(config: Config, hp: HParams) -> None:
-    if hp.n_head % hp.n_head_kv:
-        raise CheckpointError(
-            f"{config.source}: num_key_value_heads", got=hp.n_head_kv, expected=f"a divisor of {hp.n_head}"
-        )
-    if hp.head_dim % 2:
-        raise UnsupportedError(
-            f"{config.source}: head_dim", got=hp.head_dim, expected="an even number, for rotation in halves"
-        )
-    if hp.n_expert < 2:
-        raise UnsupportedError(
-            f"{config.source}: num_experts",
-            got=hp.n_expert,
-            expected="at least 2",
-            fix="a dense HunYuan model has the same class name and is another architecture",
-        )
-    if hp.n_expert_used > hp.n_expert:
-        raise CheckpointError(
-            f"{config.source}: moe_topk", got=hp.n_expert_used, expected=f"at most num_experts {hp.n_expert}"
-        )
 
 
 # --- NAMES -----------------------------------------------------------------------------------------------------

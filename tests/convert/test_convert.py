@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFValueType
 from gguf.quants import dequantize
+from published_names import SINGLE
 
 from hymoe.convert import miniature
 from hymoe.convert.cli import main
@@ -64,16 +65,8 @@ def expected_tensors(folder: Path, spec: Spec) -> dict[str, np.ndarray[Any, Any]
     }
     if not spec.tied:
         result["output.weight"] = source["lm_head.weight"]
-    single = {
-        "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-        "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-        "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.query_layernorm",
-        "attn_k_norm": "self_attn.key_layernorm", "ffn_gate_inp": "mlp.gate.wg",
-        "ffn_gate_shexp": "mlp.shared_mlp.gate_proj", "ffn_up_shexp": "mlp.shared_mlp.up_proj",
-        "ffn_down_shexp": "mlp.shared_mlp.down_proj",
-    }  # fmt: skip
     for il in range(spec.n_layer):
-        for ours, theirs in single.items():
+        for ours, theirs in SINGLE.items():
             result[f"blk.{il}.{ours}.weight"] = source[f"model.layers.{il}.{theirs}.weight"]
         for part in ("gate", "up", "down"):
             experts = [source[f"model.layers.{il}.mlp.experts.{e}.{part}_proj.weight"] for e in range(spec.n_expert)]
@@ -220,15 +213,14 @@ def test_published_config(data: Path, tmp_path: Path) -> None:
 
 def test_template_file_wins_and_pretrain_gets_ours(mini: Path, tmp_path: Path) -> None:
     from hymoe import chat_templates
-    from hymoe.convert.metadata import template
-    from hymoe.convert.metadata import vendors_template as chat_template
+    from hymoe.convert.metadata import template, vendors_template
 
-    assert chat_template(tmp_path) is None
+    assert vendors_template(tmp_path) is None
     assert next(template(None, keep=False)).value == chat_templates.fallback()
     (tmp_path / "tokenizer_config.json").write_text('{"chat_template": [{"name": "default", "template": "A"}]}')
-    assert chat_template(tmp_path) == "A"
+    assert vendors_template(tmp_path) == "A"
     (tmp_path / "chat_template.jinja").write_bytes("{{ '你好' }}\r\n\n".encode())
-    assert chat_template(tmp_path) == "{{ '你好' }}\r\n\n"
+    assert vendors_template(tmp_path) == "{{ '你好' }}\r\n\n"
 
 
 def test_dropped_lm_head(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 from large_model import N_TOKENS, Array, Large, write
+from published_names import SINGLE
 
 from hymoe.convert.cli import main
 from hymoe.convert.convert import preview
@@ -19,14 +20,6 @@ ARCH = "hunyuan-large"
 
 def expected(source: dict[str, Array], spec: Large) -> dict[str, Array]:
     """What the GGUF must hold, written out once more and on purpose."""
-    single = {
-        "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-        "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-        "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.query_layernorm",
-        "attn_k_norm": "self_attn.key_layernorm", "ffn_gate_inp": "mlp.gate.wg",
-        "ffn_gate_shexp": "mlp.shared_mlp.gate_proj", "ffn_up_shexp": "mlp.shared_mlp.up_proj",
-        "ffn_down_shexp": "mlp.shared_mlp.down_proj",
-    }  # fmt: skip
     found = {
         "token_embd.weight": source["model.embed_tokens.weight"],
         "output_norm.weight": source["model.norm.weight"],
@@ -34,7 +27,7 @@ def expected(source: dict[str, Array], spec: Large) -> dict[str, Array]:
     if not spec.tied:
         found["output.weight"] = source["lm_head.weight"]
     for il in range(spec.n_layer):
-        for ours, theirs in single.items():
+        for ours, theirs in SINGLE.items():
             name = f"model.layers.{il}.{theirs}.weight"
             if name in source:
                 found[f"blk.{il}.{ours}.weight"] = source[name]
@@ -114,6 +107,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another activation": ({"hidden_act": "gelu"}, "config.json: hidden_act"),
     "no norms of queries": ({"use_qk_norm": False}, "config.json: use_qk_norm"),
     "latent attention": ({"use_mla": True}, "config.json: use_mla"),
+    "heads of 2": ({"head_dim": 2}, "config.json: head_dim: got 2, expected an even number of at least 4"),
+    "heads of 79": ({"head_dim": 79}, "config.json: head_dim: got 79, expected an even number"),
+    "heads that do not divide": ({"num_key_value_heads": 3}, "num_key_value_heads: got 3, expected a divisor of 2"),
     "more experts than there are": ({"moe_topk": 6}, "config.json: moe_topk: got 6"),
     "nothing shared": ({"use_cla": False}, "missing tensor model.layers.1.self_attn.k_proj.weight"),
     "shared by four": ({"cla_share_factor": 4}, "unexpected tensor model.layers.2.self_attn.k_proj.weight"),

@@ -211,7 +211,7 @@ def test_inputs_that_are_refused(
     out = tmp_path / "out.gguf"
     assert "no such file" in fails(capsys, tmp_path / "absent.gguf", out)
     (tmp_path / "text.gguf").write_text("no model")
-    assert "no GGUF" in fails(capsys, tmp_path / "text.gguf", out)
+    assert "not a GGUF: got 'no m'" in fails(capsys, tmp_path / "text.gguf", out)
     raw = small.read_bytes()
     for n_bytes in (100, len(raw) // 2, len(raw) - 1000):
         (tmp_path / "cut.gguf").write_bytes(raw[:n_bytes])
@@ -284,6 +284,22 @@ def test_a_disk_that_fills_up_leaves_nothing(
     assert sorted(file.name for file in tmp_path.iterdir()) == ["small.gguf"]
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     assert "disk too small" in fails(capsys, small, out)
+
+
+def test_a_set_that_cannot_be_put_in_place_leaves_nothing(
+    mini: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last part is in place already when the first one, whose name is a folder's, is not to be had."""
+    limit = 1_000_000
+    parts = convert(ConvertOptions(mini, tmp_path / "split.gguf", split_max_bytes=limit)).files
+    mine = tmp_path / "first.gguf"
+    shutil.move(parts[0], mine)
+    write_foreign(mine, parts[0], template=fallback())
+    (tmp_path / "new").mkdir()
+    out = tmp_path / "new" / "out.gguf"
+    part_name(out, 0, len(parts)).mkdir()
+    fails(capsys, parts[0], out, "--overwrite")
+    assert [file.name for file in (tmp_path / "new").iterdir()] == [part_name(out, 0, len(parts)).name]
 
 
 # VmHWM and not ru_maxrss, which a child takes over from its parent.

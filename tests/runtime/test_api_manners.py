@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from clients_rows import ADD, HELLO, ROWS, clock, post, refused
+from clients_rows import ADD, HELLO, JSON_PATHS, ROWS, WRONG, clock, post, refused
 from scripted_model import VENDOR_SAMPLING
 from talker import HELLO as SAID
 from talker import write_talker
@@ -75,6 +75,13 @@ def test_rows(vendors: httpx.Client, row: Callable[[httpx.Client], None]) -> Non
     row(vendors)
 
 
+@pytest.mark.data
+@pytest.mark.parametrize("row", WRONG)
+def test_wrong_requests_are_refused(vendors: httpx.Client, row: str) -> None:
+    for wrong in WRONG[row]:
+        refused(wrong.send(vendors), wrong.words)
+
+
 def test_requests_that_are_wrong_otherwise(client: httpx.Client) -> None:
     user = {"role": "user", "content": "hi"}
     chat = "/v1/chat/completions"
@@ -88,6 +95,58 @@ def test_requests_that_are_wrong_otherwise(client: httpx.Client) -> None:
     long = client.post("/completion", json={"prompt": "x" * 5000})
     assert (long.status_code, long.json()["error"]["type"]) == (400, "exceed_context_size_error")
     assert long.json()["error"]["n_ctx"] == 4096
+
+
+DEEP = 10**6
+LEVELS = 256
+# Where a client's JSON may be deep: %s.
+DEEP_BODIES = (
+    '{"prompt": "a", "content": "a", "text": "a", "x": %s}',
+    '{"prompt": "a", "content": %s, "text": "a", "tokens": %s}',
+    '{"messages": [{"role": "user", "content": "a", "x": %s}], "max_tokens": 1}',
+    '{"messages": [{"role": "user", "content": "a"}], "max_tokens": 1, "tool_choice": %s}',
+    '{"messages": [{"role": "user", "content": "a"}], "max_tokens": 1, "tools": [%s]}',
+    '{"messages": [{"role": "user", "content": "a"}], "max_tokens": 1, "json_schema": %s}',
+    '{"messages": [{"role": "user", "content": "a"}], "max_tokens": 1, "chat_template_kwargs": {"x": %s}}',
+    '{"input": %s, "max_output_tokens": 1}',
+)
+
+
+@pytest.mark.parametrize("path", JSON_PATHS)
+def test_deep_json(client: httpx.Client, path: str) -> None:
+    for value in ("[" * DEEP + "]" * DEEP, '{"a":' * DEEP + "1" + "}" * DEEP, "[" * DEEP):
+        refused(client.post(path, content='{"x": ' + value + "}"), "levels")
+    for body in DEEP_BODIES:
+        refused(client.post(path, content=body.replace("%s", "[" * DEEP + "]" * DEEP)), "levels")
+        most = "[" * (LEVELS - 1) + "]" * (LEVELS - 1)  # what is refused now is so for other reasons
+        answer = client.post(path, content=body.replace("%s", most if body.count("[") == 0 else "[]"))
+        assert answer.status_code in (200, 400, 500), answer.text
+        assert "levels" not in answer.text
+    assert client.get("/health").status_code == 200
+
+
+def test_deep_json_in_strings(client: httpx.Client) -> None:
+    deep = "[" * DEEP + "]" * DEEP
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": deep}}
+    messages = [{"role": "user", "content": deep}, {"role": "assistant", "content": "a", "tool_calls": [call]}]
+    body = {"messages": [*messages, {"role": "tool", "tool_call_id": "1", "content": "a"}], "max_tokens": 1}
+    refused(client.post("/v1/chat/completions", json=body), "levels")
+    refused(client.post("/completion", json={"prompt": HELLO, "dry_sequence_breakers": deep}), "levels")
+    assert len(post(client, "/tokenize", content='\\"' + "[" * 1000)["tokens"]) == 1002
+
+
+def test_wrong_values_are_quoted_in_part(client: httpx.Client) -> None:
+    user, long = {"role": "user", "content": "hi"}, "长" * 10**5
+    chat = "/v1/chat/completions"
+    for path, body in (
+        (chat, {"messages": [user], "tool_choice": {"a": long}}),
+        (chat, {"messages": [user], "stop": {"a": long}}),
+        (chat, {"messages": [{**user, "role": long}]}),
+        ("/detokenize", {"tokens": [long]}),
+    ):
+        answer = client.post(path, json=body)
+        refused(answer, "长...")
+        assert len(answer.content) < 400
 
 
 def test_a_full_context_ends_the_answer(client: httpx.Client) -> None:

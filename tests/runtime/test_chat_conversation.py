@@ -6,11 +6,16 @@ import random
 from pathlib import Path
 
 import pytest
+from tiny_model import write_model
 
 from hymoe.errors import HyError
 from hymoe.runtime import transcript
 from hymoe.runtime.attachments import MAX_BYTES, mentioned, read_file
+from hymoe.runtime.chat_input import open_history
 from hymoe.runtime.conversation import Answer, Attachment, Conversation, Exchange, fenced
+from hymoe.runtime.hosts import identity
+from hymoe.runtime.router import Router
+from hymoe.runtime.server import ServerOptions
 from hymoe.runtime.settings import SETTINGS, Settings
 from hymoe.runtime.transcript import Transcript, dumps, loads
 
@@ -196,8 +201,94 @@ def test_a_saved_conversation_can_be_read_by_people(tmp_path: Path) -> None:
         ("<!-- hy-chat conversation, version 1 -->\n<!-- assistant -->\nHi\n", "x: part 'assistant'"),
         ("<!-- hy-chat conversation, version 1 -->\n<!-- settings [1] -->\n", "x: part 'settings'"),
         ("<!-- hy-chat conversation, version 1 -->\n<!-- settings {no -->\n", "x: part 'settings'"),
+        (f"<!-- hy-chat conversation, version {'9' * 5000} -->\n", "x: got version 9{20}, expected"),
+        (f"<!-- hy-chat conversation, version 1 -->\n<!-- settings {'[' * 100000} -->\n", "x: part 'settings'"),
+        ("<!-- hy-chat conversation, version 1 -->\n<!-- user -->\na\n\n<!-- file 5 -->\nb\n", "x: part 'file'"),
+        (
+            '<!-- hy-chat conversation, version 1 -->\n<!-- user -->\na\n\n<!-- file "\\ud800" -->\nb\n',
+            "x: part 'file'",
+        ),
+        (
+            '<!-- hy-chat conversation, version 1 -->\n<!-- user -->\na\n\n<!-- thought {"tokens": Infinity} -->\nb\n',
+            "x: part 'thought'",
+        ),
     ],
 )
 def test_files_that_are_no_conversation(text: str, line: str) -> None:
     with pytest.raises(HyError, match=line):
         loads(text, "x")
+
+
+@pytest.mark.parametrize("sampling", [[1], "x", {"top_q": 1}, {"top_p": []}])
+def test_settings_of_a_file_that_are_none(sampling: object) -> None:
+    with pytest.raises(HyError):
+        Settings.restored({"sampling": sampling}, "x")
+
+
+def test_options_outdo_what_was_saved() -> None:
+    settings = Settings.restored({"sampling": {"top_p": 0.5, "top_k": 3}, "think": "budget 7"}, "x")
+    settings.take(Settings({"top_k": 4}))
+    assert (settings.values, settings.thinking()) == ({"top_p": 0.5, "top_k": 4}, "budget 7")
+    settings.take(Settings(think=False))
+    assert settings.thinking() == "off"
+
+
+def test_saving_replaces_a_conversation_and_nothing_else(tmp_path: Path) -> None:
+    path, other = tmp_path / "a.md", tmp_path / "main.c"
+    other.write_text("int main;")
+    other_mode = other.stat().st_mode
+    transcript.write(path, Transcript(talk(("a", "A")), {}))
+    path.chmod(0o644)
+    transcript.write(path, Transcript(talk(("b\udcff", "B")), {}))
+    assert transcript.read(path).conversation.exchanges[0].question == "b?"
+    assert path.stat().st_mode & 0o777 == 0o600
+    for taken in (other, tmp_path, Path("/")):
+        with pytest.raises(HyError, match="is there, and no conversation"):
+            transcript.write(taken, Transcript(talk(("a", "A")), {}))
+    assert (other.read_text(), other.stat().st_mode) == ("int main;", other_mode)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.md", "main.c"]
+
+
+def test_loading_what_has_no_end_or_is_a_model(tmp_path: Path) -> None:
+    with pytest.raises(HyError, match="a device or a pipe"):
+        transcript.read(Path("/dev/zero"))
+    with (tmp_path / "model.gguf").open("wb") as file:
+        file.truncate(transcript.MAX_BYTES + 1)
+    with pytest.raises(HyError, match=f"got {transcript.MAX_BYTES + 1} bytes"):
+        transcript.read(tmp_path / "model.gguf")
+
+
+def test_names_of_files_that_no_request_could_carry(tmp_path: Path) -> None:
+    (tmp_path / "a\n\x1b[2J\udcff.txt").write_text("x")
+    assert read_file(str(tmp_path / "a\n\x1b[2J\udcff.txt")).name == "a [2J?.txt"
+    with pytest.raises(HyError, match="cannot read"):
+        read_file("~nobody-of-this-name/x")
+
+
+def test_what_a_memory_depends_on(tmp_path: Path) -> None:
+    """Each part of a split model counts, and how tokens are routed."""
+    parts = [tmp_path / f"m-0000{n}-of-00003.gguf" for n in (1, 2, 3)]
+    write_model(parts[0])
+    for part in parts[1:]:
+        part.write_bytes(b"weights of another part")
+    found = [identity(ServerOptions(parts[0], router=router)) for router in (None, Router("topk"), Router("capacity"))]
+    assert found[0] == found[1] != found[2]
+    assert len(found[0]["bytes"]) == 3
+    parts[2].write_bytes(b"weights of a third part")
+    assert identity(ServerOptions(parts[0])) != found[0]
+
+
+def test_what_is_typed_is_kept_for_its_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    file = tmp_path / "hymoe" / "chat-history"
+    file.parent.mkdir()
+    file.touch(mode=0o644)
+    history = open_history()
+    for line in ("kept", " a secret", "x" * 100_000, "bytes \udcff"):
+        history.append_string(line)
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert [line[1:] for line in file.read_text().splitlines() if line.startswith("+")] == ["kept", "bytes ?"]
+    assert len(history.get_strings()) == 4  # of this run
+    file.unlink()
+    file.mkdir()
+    history.append_string("the disk is full")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from clients_rows import ADD, post
-from format_client import Book
+from format_client import books
 from format_shapes import FAST, SHAPES, Shape
 from terminal import TIMEOUT
 
@@ -21,26 +20,6 @@ pytestmark = pytest.mark.engine
 
 FIELDS = ("content", "reasoning_content")
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-PER_MODEL = 12
-
-
-def books() -> Iterator[tuple[Book, dict[str, Shape]]]:
-    """Pack the shapes that a server can be made to say into few models; each is asked for by its word."""
-    book, words = Book(), dict[str, Shape]()
-    for number, shape in enumerate(shape for shape in SHAPES if not shape.calls and shape.begun in ("", FAST)):
-        word = f"shape{number};"
-        try:
-            book.add(word, shape.text, closed=shape.begun == FAST)
-        except ValueError:  # it shares too much with those before it
-            yield book, words
-            book, words = Book(), {}
-            book.add(word, shape.text, closed=shape.begun == FAST)
-        words[word] = shape
-        if len(words) == PER_MODEL:
-            yield book, words
-            book, words = Book(), {}
-    if words:
-        yield book, words
 
 
 def body_of(word: str, shape: Shape) -> dict[str, Any]:
@@ -78,7 +57,9 @@ def streamed(client: httpx.Client, body: dict[str, Any]) -> dict[str, list[Any]]
 
 def test_every_shape(llama_server: Path, tmp_path: Path) -> None:
     seen = 0
-    for number, (book, words) in enumerate(books()):
+    for number, (book, words) in enumerate(
+        books(shape for shape in SHAPES if not shape.calls and shape.begun in ("", FAST))
+    ):
         model = book.write(tmp_path / f"{number}.gguf", fallback())
         with (
             serve(ServerOptions(model, port=0, threads=1)) as endpoint,

@@ -172,3 +172,14 @@ def test_an_answer_that_ends_in_its_thought() -> None:
     view = AnswerView(PLAIN, 40)
     view.show(Piece("thought", "Hm"), 1.0, 1)
     assert view.finish(3.0, 7) == "thought for 2 s, 7 tokens\n"
+
+
+@pytest.mark.parametrize("mark", ["_a ", "*a ", "**a ", "~~a "])
+def test_marks_that_never_close_cost_no_more_than_their_length(mark: str) -> None:
+    """A model that repeats itself must not stop the terminal: it was seconds for a line of 5000 marks."""
+    text = mark * 20_000
+    assert inline(text, open_ended=False).plain == text
+
+
+def test_the_direction_of_writing_cannot_be_overridden() -> None:
+    assert harmless("a\u202eb\u2066c\u2069 \x1b[2J\u200d") == "abc [2J\u200d"

@@ -50,12 +50,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("chat")
     first = cut(GREETING)
     second = cut(CHINESE, taken=frozenset(first))
+    third = cut("<think>\nShort, but is it?\n</think>\n<answer>\nIt", taken=frozenset([*first, *second]))
     scripts = [
         Script(first),
-        Script(cut("No thought, and done.", taken=frozenset([*first, *second])), after=NEWLINE),
+        Script(cut("No thought, and done.", taken=frozenset([*first, *second, *third])), after=NEWLINE),
         Script([" la", " li", " lu"], when="endless", then=" la"),
         Script(second, when="天气"),
-        Script(["It", " is", " so", " far."], when="doubt", after=NEWLINE, doubts={" is": " was", " so": " thus"}),
+        Script([*third, " is", " so", " far.", "\n</answer>"], when="doubt", doubts={" is": " was", " so": " thus"}),
     ]
     write_scripted(folder / "m.gguf", scripts, template=fallback())
     (folder / "notes.txt").write_text("Buy milk. 买牛奶。\n" * 5, encoding="utf-8")
@@ -89,11 +90,12 @@ def test_a_conversation(folder: Path, size: tuple[int, int], kept: str, llama_se
         check_screen(f"{kept}/thought-again", terminal.expect("a heading, a list"))
         terminal.type("深圳天气怎么样？", "Enter")
         check_screen(f"{kept}/chinese", terminal.expect("注意安全"))
-        terminal.type("/think off", "Enter")
         terminal.type("Do you doubt it?", "Enter")
         terminal.expect("It is so far.")
         terminal.type("/tokens", "Enter")
         check_screen(f"{kept}/tokens", terminal.expect("' thus' 2"))
+        terminal.type("/tokens thought", "Enter")
+        check_screen(f"{kept}/tokens-thought", terminal.expect("100.0 %  t?"))
         terminal.type("", "C-l")
         terminal.type("/regen", "Enter")
         check_screen(f"{kept}/regen", terminal.expect("It is so far.", times=3))
@@ -133,12 +135,35 @@ def test_ctrl_c_and_what_is_typed_meanwhile(folder: Path, size: tuple[int, int],
         terminal.type("Something endless", "Enter")
         terminal.expect_soon("la li lu")
         terminal.type("half a question", "C-c")
-        shown = terminal.expect("stopped")
+        terminal.expect("stopped")
+        # On a slow machine the question has scrolled away by then.
+        shown = terminal.screen(scrolled=True)
+        shown = shown[shown.index("> Something endless") :]
         assert (shown.count(" lu la"), shown.count("half a question")) > (10, 1)
         check_screen(f"{kept}/ctrl-c", re.sub(r"(?m)^(( ?(la|li|lu)\b)+\n)+", "(la li lu …)\n", shown))
         terminal.type("", "C-c")
         terminal.type("/list", "Enter")
         terminal.expect("1 Something endless")
+
+
+def test_another_width_in_mid_answer(folder: Path, llama_server: Path) -> None:
+    """What comes after fits the new width: no row is cut, no word is lost or shown twice."""
+    with chat(folder, (80, 24)) as terminal:
+        terminal.expect("context 0/4096")
+        terminal.type("Something endless", "Enter")
+        terminal.expect_soon("la li lu")
+        terminal.resize(47, 20)
+        # What was there when the size changed is laid out by the terminal; it must have scrolled away.
+        terminal.expect_rows_of(44)  # fifteen words of the 46 columns
+        terminal.type("", "C-c")
+        shown = terminal.expect("stopped")
+        *rows, stopped, _input, status = shown.splitlines()
+        assert stopped == "stopped"
+        assert status.startswith("context ")
+        assert {len(row) for row in rows[:-1]} == {44}
+        words = " ".join(rows).split()
+        turn = words.index("la")
+        assert words[turn:] == [("la", "li", "lu")[i % 3] for i in range(len(words) - turn)]
 
 
 def test_a_full_context(folder: Path, size: tuple[int, int], kept: str, llama_server: Path) -> None:

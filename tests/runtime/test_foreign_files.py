@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import resource
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -105,7 +107,13 @@ def test_what_is_missing_is_given(foreign: Path, cache: Path) -> None:
     assert len(words) == 16
     line = overrides.line(peek(foreign), found)
     assert "\n" not in line
-    for what in ("foreign.gguf", "both end tokens", "sampling defaults", "repaired chat template", "--repair"):
+    for what in (
+        "foreign.gguf is from another tool",
+        "both end tokens",
+        "sampling defaults",
+        "repaired chat template",
+        "--repair",
+    ):
         assert what in line
 
 
@@ -118,6 +126,27 @@ def test_the_template_is_written_once_and_again_where_it_was_changed(foreign: Pa
     overrides.find(peek(foreign), N_CTX)
     assert file.read_text("utf-8") == repair(OLD_TEMPLATE).text
     assert [other.name for other in file.parent.iterdir()] == [file.name]
+
+
+def test_an_older_file_of_ours_is_not_called_another_tools(foreign: Path) -> None:
+    header = changed(foreign, hymoe__version="0.0.1")
+    line = overrides.line(header, overrides.find(header, N_CTX))
+    assert line.startswith("foreign.gguf lacks some metadata: served with both end tokens, ")
+    assert "another tool" not in line
+
+
+def test_a_full_disk_leaves_nothing(foreign: Path, cache: Path) -> None:
+    """A limit on the size of files stands for it: the system refuses to write on, as ENOSPC does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        with pytest.raises(OutputError, match="cannot write the repaired template"):
+            overrides.find(peek(foreign), N_CTX)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert list(cache.iterdir()) == []
 
 
 def test_a_cache_that_cannot_be_written_is_named(foreign: Path, cache: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from format_client import TIMEOUT, Book, ask, function, message_of, stream
+from format_client import TIMEOUT, Book, ask, books, function, message_of, stream
 from format_reader import Message
 from format_rows import ROWS, vendor_template, write_model
 from format_shapes import FAST, SHAPES, Call, Shape
@@ -24,6 +24,10 @@ pytestmark = pytest.mark.engine
 
 WEATHER = function("get_weather", city={"type": "string"}, days={"type": "integer"})
 CLOCK = function("get_time", zone={"type": "string"})
+# Functions whose arguments may be anything.
+ANYTHING = [{"type": "function", "function": {"name": name, "parameters": {"type": "object"}}} for name in "fg"]
+STRICT = function("f", x={"enum": ["ab", "cd"]})
+OPENED = "<think>\n"
 # With these a grammar leaves a model little to say.
 SHORT = function("turn", side={"enum": ["left", "right"]})
 OTHER = function("halt", at={"enum": ["once", "noon"]})
@@ -34,42 +38,55 @@ LONG_THOUGHT = "one two three four five six seven eight nine ten 十一 十二 �
 THINK, ANSWER = "<think>\nHm.\n</think>\n", "<answer>\nYes.\n</answer>"
 
 
-def plain_shapes() -> list[Shape]:
-    """Shapes that a server can be made to say: no call, so no grammar meddles."""
-    unbegun = [shape for shape in SHAPES if not shape.calls and shape.begun in ("", FAST)]
-    return [shape for shape in unbegun if shape.mode != "tools" or "{" not in shape.text]
+# What begins the output -> the template that puts it there.
+TEMPLATES = {"": fallback(), FAST: fallback(), OPENED: fallback() + "{{- '<think>\\n' if add_generation_prompt -}}"}
 
 
-def models(folder: Path, shapes: list[Shape]) -> Iterator[tuple[Path, dict[str, Shape]]]:
-    """Pack shapes into as few models as will hold them; a shape is asked for by its word."""
-    book, words = Book(), dict[str, Shape]()
-    for number, shape in enumerate(shapes):
-        word = f"shape{number};"
-        try:
-            if len(words) == 15:
-                raise ValueError
-            book.add(word, shape.text, closed=shape.begun == FAST)
-        except ValueError:
-            yield book.write(folder / f"{number}.gguf", fallback()), words
-            book, words = Book(), {}
-            book.add(word, shape.text, closed=shape.begun == FAST)
-        words[word] = shape
-    yield book.write(folder / "last.gguf", fallback()), words
+def fields_of(shape: Shape) -> dict[str, Any]:
+    more: dict[str, Any] = {} if shape.mode == "plain" else {**PARALLEL, "tools": [WEATHER, CLOCK, *ANYTHING]}
+    more |= {"tool_choice": "none"} if shape.mode == "no_calls" else {}
+    return more | ({"chat_template_kwargs": {"enable_thinking": False}} if shape.begun == FAST else {})
 
 
-def test_every_shape_whole_and_streamed(tmp_path: Path) -> None:
+def check_shape(url: str, word: str, shape: Shape) -> None:
+    """The recorded message, whole and streamed."""
+    expected, more = Message(shape.reasoning, shape.content, shape.calls), fields_of(shape)
+    assert message_of(ask(url, word, **more)) == expected, shape
+    assert stream(url, word, **more)[0] == expected, shape
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_every_shape_whole_and_streamed(tmp_path: Path, opened: bool) -> None:
+    shapes = [shape for shape in SHAPES if (shape.begun == OPENED) == opened and not shape.grammar]
     seen = 0
-    for model, words in models(tmp_path, plain_shapes()):
+    for number, (book, words) in enumerate(books(shapes)):
+        model = book.write(tmp_path / f"{number}.gguf", TEMPLATES[shapes[0].begun])
         with serve(ServerOptions(model, port=0, threads=1)) as endpoint:
             for word, shape in words.items():
-                more: dict[str, Any] = {} if shape.mode == "plain" else {"tools": [WEATHER]}
-                more |= {"tool_choice": "none"} if shape.mode == "no_calls" else {}
-                more |= {"chat_template_kwargs": {"enable_thinking": False}} if shape.begun == FAST else {}
-                expected = Message(shape.reasoning, shape.content, ())
-                assert message_of(ask(endpoint.url, word, **more)) == expected, shape
-                assert stream(endpoint.url, word, **more)[0] == expected, shape
+                check_shape(endpoint.url, word, shape)
                 seen += 1
-    assert seen == len(plain_shapes()) > 30
+    assert seen == len(shapes)
+
+
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape.grammar], ids=str)
+def test_a_shape_that_the_grammar_mends(tmp_path: Path, shape: Shape) -> None:
+    """A model that would write it makes the call that its tool allows."""
+    ((book, words),) = books([shape])
+    more = {"tools": [STRICT], "parallel_tool_calls": False}
+    with serve(ServerOptions(book.write(tmp_path / "m.gguf", fallback()), port=0, threads=1)) as endpoint:
+        (word,) = words
+        message = message_of(ask(endpoint.url, word, **more))
+        assert stream(endpoint.url, word, **more)[0] == message
+    assert (message.reasoning, message.content) == (shape.reasoning, "")
+    (call,) = message.calls
+    assert call.name == "f"
+    assert json.loads(call.arguments) in [{"x": "ab"}, {"x": "cd"}]
+
+
+def test_no_shape_is_left_out() -> None:
+    """Those above are all: each has a template, and what the grammar mends is a call."""
+    assert {shape.begun for shape in SHAPES} == set(TEMPLATES)
+    assert all(shape.mode == "tools" and not shape.begun for shape in SHAPES if shape.grammar)
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +170,33 @@ def test_a_budget_ends_characters_and_tags_whole(tmp_path: Path) -> None:
         said = [message_of(ask(endpoint.url, "hi", reasoning_budget_tokens=budget)) for budget in range(8)]
     ended, by_itself = Message("十一", "Done.", ()), Message("十一", "So.", ())
     assert said == [Message("", "Done.", ()), *[ended] * 3, *[by_itself] * 4]
+
+
+@pytest.mark.parametrize("begun", ["a", "ab", "abc", "abcd", "abcdefgh", "It is 十一", "`a` is\n\nb", "a " * 40 + "b"])
+@pytest.mark.parametrize("budget", [0, 1, 3])
+def test_a_budget_and_a_thought_that_was_begun(dawdler: str, begun: str, budget: int) -> None:
+    history = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "", "reasoning_content": begun}]
+    more = {"continue_final_message": "reasoning_content", "add_generation_prompt": False}
+    message = message_of(ask(dawdler, history, **more, reasoning_budget_tokens=budget))
+    assert message.content == "Done."
+    assert message.reasoning.startswith(begun)
+    assert "<" not in message.reasoning
+    if budget == 0:
+        assert message.reasoning == begun
+
+
+def test_a_budget_and_a_call_that_a_thought_quotes(tmp_path: Path) -> None:
+    """Without tools it is no call, and the thought goes on."""
+    book = Book()
+    book.add(
+        "", f'<think>\nSay\n<tool_calls>[{{"name": "f", "arguments": {{}}}}]</tool_calls>\n{LONG_THOUGHT}', circle=16
+    )
+    book.add("", "Done.\n</answer>", closed=True)
+    with serve(ServerOptions(book.write(tmp_path / "m.gguf", fallback()), port=0, threads=1)) as endpoint:
+        for budget in (5, 20, 40, 80):
+            message = message_of(ask(endpoint.url, "hi", reasoning_budget_tokens=budget))
+            assert message.content == "Done.", budget
+            assert message.reasoning.startswith("Say")
 
 
 def test_what_a_budget_says_before_it_ends_the_thought(dawdler: str) -> None:
@@ -257,8 +301,53 @@ def test_a_budget_and_a_required_call(dawdler: str) -> None:
     assert [call.name for call in message.calls] == ["turn"]
 
 
+def post(url: str, path: str, **body: Any) -> Any:
+    """The answer's JSON."""
+    response = httpx.post(url + path, json={"messages": QUESTION, **body}, timeout=TIMEOUT)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def test_a_function_is_named_in_each_api_s_own_way(url: str) -> None:
+    schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in (SHORT, OTHER)}
+    plain = [{"type": "function", "name": name, "parameters": schema} for name, schema in schemas.items()]
+    theirs = [{"name": name, "input_schema": schema} for name, schema in schemas.items()]
+    for name in schemas:
+        choice = {"type": "function", "name": name}
+        answer = post(url, "/v1/responses", input="hi", tools=plain, tool_choice=choice, max_output_tokens=200)
+        assert [item["name"] for item in answer["output"] if item["type"] == "function_call"] == [name]
+        more = {"tools": [SHORT, OTHER], "tool_choice": choice, "parallel_tool_calls": False}
+        assert [call.name for call in message_of(ask(url, "hi", **more)).calls] == [name]
+        choice = {"type": "tool", "name": name}
+        answer = post(url, "/v1/messages", tools=theirs, tool_choice=choice, max_tokens=200)
+        assert [item["name"] for item in answer["content"] if item["type"] == "tool_use"] == [name]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(("mode", "calls"), [("auto", 0), ("required", 1)])
+def test_allowed_tools_are_their_mode(url: str, nested: bool, mode: str, calls: int) -> None:
+    fields = {"mode": mode, "tools": [{"type": "function", "function": {"name": "turn"}}]}
+    choice = {"type": "allowed_tools", **({"allowed_tools": fields} if nested else fields)}
+    message = message_of(ask(url, "chatter;", tools=[SHORT], parallel_tool_calls=False, tool_choice=choice))
+    assert len(message.calls) == calls
+    assert message.content == ("" if calls else "Let us talk.")
+
+
+@pytest.mark.parametrize("tool_choice", ["required", {"type": "function", "function": {"name": "turn"}}])
+@pytest.mark.parametrize("more", [{}, {"tools": []}, {"response_format": {"type": "json_object"}}])
+def test_a_call_cannot_be_required_where_there_are_no_tools(url: str, tool_choice: Any, more: dict[str, Any]) -> None:
+    body = {"messages": QUESTION, "tool_choice": tool_choice, **more}
+    response = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=TIMEOUT)
+    assert response.status_code == 400
+    assert "no tools" in response.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(
-    "tool_choice", [{"type": "function", "function": {"name": "fly"}}, {"function": "turn"}, 3, "sometimes"]
+    "tool_choice",
+    [
+        *({"type": "function", "function": {"name": "fly"}}, {"function": "turn"}, 3, "sometimes", "function:turn", ""),
+        *({"type": "function"}, {"type": "custom", "name": "turn"}, {"type": "allowed_tools"}, {"name": "turn"}),
+    ],
 )
 def test_a_choice_that_means_nothing_is_a_400(url: str, tool_choice: Any) -> None:
     body = {"messages": [{"role": "user", "content": "hi"}], "tools": [SHORT], "tool_choice": tool_choice}
@@ -325,6 +414,44 @@ def test_a_message_is_continued(url: str) -> None:
     # as llama.cpp does it: the whole message at once has the words that were given, the deltas have not
     assert whole.content == "Yes, and " + streamed.content
     assert streamed.content
+
+
+CONTINUED: dict[str, Any] = {"continue_final_message": True, "add_generation_prompt": False}
+
+
+@pytest.mark.parametrize("begun", ["{", '{"side', '{"side": ', '{"side": "le'])
+@pytest.mark.parametrize("wanted", FORMATS, ids=["json_schema", "json_object", "llama.cpp"])
+def test_json_that_was_begun_is_continued(url: str, wanted: dict[str, Any], begun: str) -> None:
+    history = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": begun}]
+    message = message_of(ask(url, history, **CONTINUED, **wanted))
+    assert message.content.startswith(begun)
+    assert json.loads(message.content)["side"] in ("left", "right")
+    assert begun + stream(url, history, **CONTINUED, **wanted)[0].content == message.content
+
+
+@pytest.mark.parametrize(
+    ("begun", "content"),
+    [("I turn.", "I turn."), ("I turn. ", "I turn. "), ("<tool_calls>", ""), ('<tool_calls>[{"name": "tu', "")],
+)
+def test_a_call_that_is_required_of_a_begun_answer(url: str, begun: str, content: str) -> None:
+    history = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": begun}]
+    more = {"tools": [SHORT], "tool_choice": "required", "parallel_tool_calls": False}
+    message = message_of(ask(url, history, **CONTINUED, **more))
+    assert [call.name for call in message.calls] == ["turn"]
+    assert message.content == content
+
+
+@pytest.mark.parametrize("flood", [" ", "\t", "\n", "\n "])
+def test_a_flood_of_spaces_with_tools(tmp_path: Path, flood: str) -> None:
+    """Runs of spaces are tokens of the vocabulary, and a model may fall into repeating one."""
+    scripts = [Script([flood * (128 // len(flood))], then=flood * (128 // len(flood)))]
+    with serve(
+        ServerOptions(write_scripted(tmp_path / "m.gguf", scripts, template=fallback()), port=0, threads=1)
+    ) as endpoint:
+        answer = ask(endpoint.url, "hi", tools=[SHORT], max_tokens=600)
+        assert answer["choices"][0]["finish_reason"] == "length"
+        assert message_of(answer).calls == ()
+        assert httpx.get(f"{endpoint.url}/health", timeout=TIMEOUT).status_code == httpx.codes.OK
 
 
 @pytest.fixture(scope="module", params=["fallback", pytest.param("vendor", marks=pytest.mark.data)])

@@ -15,7 +15,8 @@ from tiny_model import TRAINED, write_model
 
 from hymoe.chat_templates import fallback
 from hymoe.errors import ModelFileError
-from hymoe.runtime.header import MAX_TEXT_BYTES, peek, read
+from hymoe.gguf_head import MAX_TEXT_BYTES
+from hymoe.runtime.header import peek, read
 
 NUMBERS = {
     "uint8": 200,

@@ -1,7 +1,14 @@
 """mikupad's requests, byte for byte, and every field that it reads of the answers.
 
-Its field order: what a user has set first, the lengths and probabilities last; in OpenAI mode the renamed fields follow
-in the order of their renaming. The classes build the bodies and read the answers as it does (docs/clients.md).
+Source: mikupad.html of lmg-anon/mikupad at b2a2a3e, by line.
+
+| body | fields, in the order they are sent | line |
+|---|---|---|
+| /completion | model, prompt, samplers, n_predict, n_probs, post_sampling_probs, stream, stop, cache_prompt | 7340 |
+| OpenAI modes | model, prompt or messages, samplers, stream; then the fields of RENAMES, in its order | 1971 |
+
+Which fields are sent, their values and their names are from those lines. Not certain is the order of the samplers among
+themselves, and the place of `stop`: no server here depends on it.
 """
 
 from __future__ import annotations

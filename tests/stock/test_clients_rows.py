@@ -1,49 +1,68 @@
-"""Each row of `clients_rows` fails on the stock server."""
+"""The rows of `clients_rows` on the stock server, run as ours is: what it answers to each."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import httpx
 import pytest
-from clients_rows import ROWS
+from clients_rows import REFUSED_TYPES, ROWS, WRONG, wrong_field
+from format_rows import vendor_template
+from stock.conftest import Direct
 from talker import write_talker
 from terminal import TIMEOUT
 
-from hymoe.engine.build import BuildOptions, build
-from hymoe.runtime import process
 from hymoe.runtime.server import ServerOptions, serve
 
 pytestmark = [pytest.mark.stock, pytest.mark.engine, pytest.mark.data]
 
-ENGINE_VARIABLE = "HYMOE_STOCK_ENGINE"
-
-
-@pytest.fixture(scope="module")
-def stock_engine() -> Path:
-    """The folder of the stock engine, built where it is missing."""
-    if given := os.environ.get(ENGINE_VARIABLE):
-        return Path(given)
-    return build(BuildOptions(backend="cpu", bindings=False, stock=True)).bin
+# What the stock server answers to wrong requests, by path; OTHER for the paths that are not named.
+OTHER = ""
+MISSING = dict.fromkeys(
+    (
+        *("/v1/token/encode", "/v1/token/decode"),
+        *(f"/v1/internal/{name}" for name in ("encode", "decode", "token-count")),
+    ),
+    404,
+)
+STATUS: Mapping[str, Mapping[str, int]] = {
+    "broken JSON": {OTHER: 500, **MISSING},
+    "values of another type": {"/tokenize": 500, "/v1/chat/completions": 400},
+    "values of another type that stock drops without a word": {OTHER: 200},
+    "token ids that are none": {"/detokenize": 500, **MISSING},
+    "a role that no template has a place for": {OTHER: 200},
+    "nothing to answer": {OTHER: 200},
+    "keys are not moved": {OTHER: 200},
+}
+# It takes 1.5 for an id.
+TAKEN = [{"tokens": [1, 1.5]}]
+# These are refused by both; stock's words for the second are not ours.
+REFUSED = [{"messages": 5}, {"messages": ["hi"]}, *(wrong_field(key, value).body for key, value in REFUSED_TYPES)]
+# What is wrong with the answers that the other rows ask for.
+FAILURES: Mapping[str, tuple[type[Exception], str]] = {
+    "legacy_logprobs": (KeyError, "^'tokens'$"),
+    "chat_logprobs": (KeyError, "^'reasoning_content'$"),
+    "logprobs_up_to_a_stop_string": (KeyError, "^'completion_probabilities'$"),
+    "echo": (AssertionError, "^not echoed"),
+    "token_endpoints": (AssertionError, '"code":404'),
+    "breakers_in_a_string": (AssertionError, '"code":400.*must be a non-empty array of strings'),
+    "penalty_over_the_whole_context": (AssertionError, "^not penalised: one two$"),
+    "frozen_clock": (AssertionError, "^the clock went on"),
+}
 
 
 @pytest.fixture(scope="module")
 def model(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The scripted model with the vendor's template."""
-    template = json.loads((data / "a13b" / "tokenizer_config.json").read_text("utf-8"))["chat_template"]
-    return write_talker(tmp_path_factory.mktemp("model") / "talker.gguf", template)
+    return write_talker(tmp_path_factory.mktemp("model") / "talker.gguf", vendor_template(data))
 
 
 @pytest.fixture(scope="module")
-def stock_server(stock_engine: Path, model: Path) -> Iterator[httpx.Client]:
+def stock_server(stock: Path, model: Path) -> Iterator[httpx.Client]:
     """The stock server, run as ours is."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HYMOE_ENGINE", str(stock_engine))
+        patch.setenv("HYMOE_ENGINE", str(stock))
         with (
             serve(ServerOptions(model, port=0, threads=1)) as endpoint,
             httpx.Client(base_url=endpoint.url, trust_env=False, timeout=TIMEOUT) as client,
@@ -51,31 +70,24 @@ def stock_server(stock_engine: Path, model: Path) -> Iterator[httpx.Client]:
             yield client
 
 
-@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
-def test_stock_falls_short(stock_server: httpx.Client, row: object) -> None:
-    assert callable(row)
-    with pytest.raises((AssertionError, KeyError, TypeError)):
-        row(stock_server)
+@pytest.mark.parametrize("row", WRONG)
+def test_stock_does_not_refuse(stock_server: httpx.Client, row: str) -> None:
+    for wrong in WRONG[row]:
+        wanted = STATUS[row].get(wrong.path, STATUS[row].get(OTHER))
+        assert wrong.send(stock_server).status_code == (
+            200 if wrong.path == "/detokenize" and wrong.body in TAKEN else wanted
+        )
+        assert wanted != 400 or wrong.body in REFUSED
 
 
-def test_stock_shifts_the_context(stock_engine: Path, model: Path) -> None:
+@pytest.mark.parametrize("row", ROWS)
+def test_stock_falls_short(stock_server: httpx.Client, row: str) -> None:
+    error, words = FAILURES[row]
+    with pytest.raises(error, match=words):
+        ROWS[row](stock_server)
+
+
+def test_stock_shifts_the_context(direct: Direct, model: Path) -> None:
     """It serves with it; ours refuses to (tests/runtime/test_api_manners.py)."""
-    port = process.free_port("127.0.0.1")
-    command = [str(stock_engine / "llama-server"), "--model", str(model), "--port", str(port), "--context-shift"]
-    quiet = subprocess.DEVNULL
-    with subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet) as server:
-        try:
-            deadline = time.monotonic() + TIMEOUT
-            while not healthy(port):
-                assert server.poll() is None
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
-        finally:
-            server.terminate()
-
-
-def healthy(port: int) -> bool:
-    try:
-        return httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False).status_code == httpx.codes.OK
-    except httpx.TransportError:
-        return False
+    with direct(model, "--context-shift"):
+        pass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,21 +9,16 @@ import pytest
 from format_client import ask, message_of
 from format_rows import ROWS, vendor_template, write_model
 
-from hymoe.engine.build import BuildOptions, build
 from hymoe.runtime.server import ServerOptions, serve
 
 pytestmark = [pytest.mark.stock, pytest.mark.engine, pytest.mark.data]
 
-STOCK_VARIABLE = "HYMOE_STOCK_ENGINE"
-
 
 @pytest.fixture(scope="module")
-def url(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def url(stock: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     model = write_model(tmp_path_factory.mktemp("rows") / "m.gguf", vendor_template(data))
-    given = os.environ.get(STOCK_VARIABLE)
-    folder = Path(given) if given else build(BuildOptions(backend="cpu", bindings=False, stock=True)).bin
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HYMOE_ENGINE", str(folder))
+        patch.setenv("HYMOE_ENGINE", str(stock))
         with serve(ServerOptions(model, port=0, threads=1)) as endpoint:
             yield endpoint.url
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -22,11 +21,9 @@ from tiny_model import write_model
 from hymoe import engine
 from hymoe.convert.convert import ConvertOptions, convert
 from hymoe.convert.miniature import Spec, write
-from hymoe.engine.build import BuildOptions, build
 
 pytestmark = [pytest.mark.stock, pytest.mark.engine]
 
-ENGINE_VARIABLE = "HYMOE_STOCK_ENGINE"
 IDS = [int(token) for token in np.random.default_rng(4).integers(0, 1790, 200)]
 
 # The stock converter asserts that heads are 128 wide, hidden_size / heads, and knows only the real vocabulary.
@@ -67,14 +64,6 @@ DIFFERENT = {
 }
 # The one pair that is of higher rank than the token it makes: stock's recovery stops before it.
 EXTRA_MERGE = "âĸģ âĪ´"
-
-
-@pytest.fixture(scope="session")
-def stock() -> Path:
-    """Give the folder of the stock engine, built where it is missing."""
-    if given := os.environ.get(ENGINE_VARIABLE):
-        return Path(given)
-    return build(BuildOptions(backend="cpu", bindings=False, stock=True)).bin
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,8 @@ struct hunyuan_budget {
     const llama_vocab * vocab;
     llama_tokens        forced;
     int32_t             budget;
-    hunyuan_reader      reader = hunyuan_reader(hunyuan_mode::tools);
+    hunyuan_mode        mode;
+    hunyuan_reader      reader = hunyuan_reader(mode);
 
     int32_t remaining = budget;
     size_t  n_forced  = 0;  // tokens of `forced` that have come
@@ -30,14 +31,15 @@ hunyuan_budget * get(const llama_sampler * smpl) {
 void hunyuan_budget::accept(llama_token token) {
     const bool was_open = reader.in_thought();
     reader.append(common_token_to_piece(vocab, token, false));
-    if (state == REASONING_BUDGET_FORCING) {
+    // tokens of the prompt are accepted too, and those nobody forces
+    if (state == REASONING_BUDGET_FORCING && n_forced < forced.size() && token == forced[n_forced]) {
         n_forced++;
         if (n_forced < forced.size()) {
             return;
         }
-        n_forced = 0;
-        state    = REASONING_BUDGET_DONE;
+        state = REASONING_BUDGET_DONE;
     }
+    n_forced = 0;
     if (!reader.in_thought()) {
         state = was_open ? REASONING_BUDGET_DONE : state;
         return;
@@ -78,7 +80,7 @@ void budget_apply(llama_sampler * smpl, llama_token_data_array * cur_p) {
 
 void budget_reset(llama_sampler * smpl) {
     auto & ctx = *get(smpl);
-    ctx = hunyuan_budget{ ctx.vocab, ctx.forced, ctx.budget };
+    ctx = hunyuan_budget{ ctx.vocab, ctx.forced, ctx.budget, ctx.mode };
 }
 
 llama_sampler * budget_clone(const llama_sampler * smpl) {
@@ -106,17 +108,20 @@ llama_sampler_i budget_iface = {
 
 }  // namespace
 
-// Of all formats only HunYuan's has thoughts that </answer> may end.
+// Of all formats only HunYuan's has thoughts that </answer> may end. <tool_calls> ends one where calls are read.
 llama_sampler * hunyuan_budget_init(const llama_vocab * vocab, const common_params_sampling & params) {
-    const auto & ends = params.reasoning_budget_end;
-    const bool   ours = std::any_of(ends.begin(), ends.end(), [&](const llama_tokens & tag) {
-        return common_detokenize(vocab, tag, false) == "</answer>";
-    });
-    if (!ours) {
+    const auto & ends  = params.reasoning_budget_end;
+    const auto   is_in = [&](const std::string & text) {
+        return std::any_of(ends.begin(), ends.end(), [&](const llama_tokens & tag) {
+            return common_detokenize(vocab, tag, false) == text;
+        });
+    };
+    if (!is_in(hunyuan_tag::ANSWER_END)) {
         return nullptr;
     }
+    const auto    mode   = is_in(hunyuan_tag::CALLS) ? hunyuan_mode::tools : hunyuan_mode::plain;
     const int32_t budget = params.reasoning_budget_tokens < 0 ? INT32_MAX : params.reasoning_budget_tokens;
-    return llama_sampler_init(&budget_iface, new hunyuan_budget{ vocab, params.reasoning_budget_forced, budget });
+    return llama_sampler_init(&budget_iface, new hunyuan_budget{ vocab, params.reasoning_budget_forced, budget, mode });
 }
 
 bool hunyuan_budget_is(const llama_sampler * smpl) {

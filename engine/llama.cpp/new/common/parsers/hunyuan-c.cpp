@@ -2,7 +2,8 @@
 //
 // A message comes as records in one buffer: a letter, the length in decimal, ':', the bytes. Letters: r reasoning, c content,
 // and for each call n name and a arguments. Both functions return the bytes that the records take; where that is more
-// than n_out, nothing is written. mode is a hunyuan_mode, reasoning_format a common_reasoning_format.
+// than n_out, nothing is written. mode is a hunyuan_mode (any other number is `plain`), reasoning_format a
+// common_reasoning_format.
 
 #include "chat.h"
 #include "hunyuan.h"
@@ -15,10 +16,10 @@
 namespace {
 
 common_chat_parser_params make_params(const char * generation_prompt, int mode, int reasoning_format) {
-    static const common_chat_format formats[] = { COMMON_CHAT_FORMAT_HUNYUAN, COMMON_CHAT_FORMAT_HUNYUAN_TOOLS,
-                                                  COMMON_CHAT_FORMAT_HUNYUAN_NO_CALLS };
     common_chat_parser_params params;
-    params.format            = formats[mode];
+    params.format            = mode == static_cast<int>(hunyuan_mode::tools)    ? COMMON_CHAT_FORMAT_HUNYUAN_TOOLS :
+                               mode == static_cast<int>(hunyuan_mode::no_calls) ? COMMON_CHAT_FORMAT_HUNYUAN_NO_CALLS :
+                                                                                  COMMON_CHAT_FORMAT_HUNYUAN;
     params.reasoning_format  = static_cast<common_reasoning_format>(reasoning_format);
     params.generation_prompt = generation_prompt;
     return params;

@@ -1,5 +1,6 @@
 #include "hunyuan-calls.h"
 
+#include "hunyuan.h"
 #include "unicode.h"
 
 #include <algorithm>
@@ -8,11 +9,7 @@
 
 namespace {
 
-const std::string CLOSE = "</tool_calls>";
-
-bool is_space(char c) {
-    return c == ' ' || c == '\t' || c == '\r' || c == '\n';
-}
+const std::string & CLOSE = hunyuan_tag::CALLS_END;
 
 // What became of an attempt to read something: all of it, as far as the text goes, or something else stands there.
 enum class got { all, more, other };
@@ -50,7 +47,7 @@ class scanner {
 };
 
 void scanner::skip_space() {
-    while (pos < end && is_space(text[pos])) {
+    while (pos < end && hunyuan_is_space(text[pos])) {
         pos++;
     }
 }
@@ -286,7 +283,7 @@ got scanner::nested_string(std::string & out) {
 // A number or a word: nothing of it counts before it is complete.
 got scanner::scalar(std::string & out) {
     size_t stop = pos;
-    while (stop < end && !is_space(text[stop]) && std::strchr(",}]<{[\"", text[stop]) == nullptr) {
+    while (stop < end && !hunyuan_is_space(text[stop]) && std::strchr(",}]<{[\"", text[stop]) == nullptr) {
         stop++;
     }
     if (stop == end && !is_final) {

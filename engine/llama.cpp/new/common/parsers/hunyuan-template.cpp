@@ -12,16 +12,17 @@ namespace {
 using peg        = common_peg_parser;
 using params_in  = autoparser::generation_params;
 
-const std::string THINK = "<think>", THINK_END = "</think>", CALLS = "<tool_calls>", CALLS_END = "</tool_calls>";
+using namespace hunyuan_tag;
 
 // The model's own way from a thought to the answer; a budget forces it.
-const std::string TO_ANSWER = "\n</think>\n<answer>\n";
+const std::string TO_ANSWER = "\n" + THINK_END + "\n" + ANSWER + "\n";
 
 // A call's opening as far as it goes at the end of the text, so that the grammar starts only on what it accepts: after the
-// brace, since an empty array is no call. Spaces are those of the grammar's `space`.
+// brace, since an empty array is no call. Spaces are those of the grammar's `space`. Each part is bounded: std::regex calls
+// itself once for every character that it repeats over.
 const std::string SPACE   = "(?: |\\n{1,2}[ \\t]{0,20})?";
-const std::string TRIGGER = "(?:^|\\n|>|：|:)[ \\t]*(<tool_calls>" + SPACE + "\\[" + SPACE + "\\{" + SPACE +
-                            "(?:\"(?:n(?:a(?:m(?:e(?:\"(?:" + SPACE + "(?::" + SPACE + "\"?)?)?)?)?)?)?)?)?)$";
+const std::string TRIGGER = "(?:^|\\n|>|：|:)[ \\t]{0,20}(" + CALLS + SPACE + "\\[" + SPACE + "\\{" +
+                            SPACE + "(?:\"(?:n(?:a(?:m(?:e(?:\"(?:" + SPACE + "(?::" + SPACE + "\"?)?)?)?)?)?)?)?)?)$";
 
 // The template's text after the last special token: what it has written for the model.
 std::string begun_answer(const std::string & prompt) {
@@ -39,17 +40,20 @@ std::string rendered(const common_chat_template & tmpl, const params_in & inputs
     }
 }
 
-// The message that the request wants continued, as the model would have written it.
-std::string continued(const params_in & inputs, const std::string & begun) {
-    const auto & msg = inputs.continue_msg;
-    std::string  text = begun;
-    if (begun.empty()) {
-        text = THINK + "\n" + msg.reasoning_content;
-        text += inputs.continue_final_message == COMMON_CHAT_CONTINUATION_CONTENT ? TO_ANSWER : "";
-    } else {
-        text += "<answer>\n";
+// What stands in the model's mouth: the template's text and, of a message to be continued, its own.
+struct begun_text {
+    std::string head;     // up to where the answer's content begins, if it does
+    std::string content;  // that the client has given
+};
+
+begun_text continued(const params_in & inputs, const std::string & begun) {
+    const auto & msg        = inputs.continue_msg;
+    const bool   in_content = inputs.continue_final_message == COMMON_CHAT_CONTINUATION_CONTENT;
+    if (!begun.empty()) {
+        return { begun + ANSWER + "\n", in_content ? msg.render_content() : "" };
     }
-    return inputs.continue_final_message == COMMON_CHAT_CONTINUATION_CONTENT ? text + msg.render_content() : text;
+    const std::string thought = THINK + "\n" + msg.reasoning_content;
+    return in_content ? begun_text{ thought + TO_ANSWER, msg.render_content() } : begun_text{ thought, "" };
 }
 
 // One call of one of the functions that may be called.
@@ -71,41 +75,46 @@ peg calls_rule(common_chat_peg_builder & p, const params_in & inputs) {
     const auto call = call_rule(p, inputs);
     const auto more = inputs.parallel_tool_calls ? p.zero_or_more("," + p.space() + call + p.space()) : p.eps();
     return p.trigger_rule("calls", CALLS + p.space() + "[" + p.space() + call + p.space() + more + "]" + p.space() +
-                                       CALLS_END + p.space() + p.optional(p.literal("</answer>") + p.space()));
+                                       CALLS_END + p.space() + p.optional(p.literal(ANSWER_END) + p.space()));
 }
 
 // From the output's start to where the answer's own grammar begins. The thought is free but for what would end it.
 peg head_rule(common_chat_peg_builder & p, const std::string & begun) {
     hunyuan_reader reader(hunyuan_mode::plain);
     reader.append(begun);
-    const auto thought = p.until_one_of({ THINK_END, "</answer>", "<answer>", CALLS }) + THINK_END + p.space();
-    const auto open    = p.optional(p.literal("<answer>") + p.space());
+    const auto thought = p.until_one_of({ THINK_END, ANSWER_END, ANSWER, CALLS }) + THINK_END + p.space();
+    const auto open    = p.optional(p.literal(ANSWER) + p.space());
     if (begun.empty()) {
         return p.optional(THINK + thought) + open;
     }
-    return reader.in_thought() ? begun + thought + open : begun + open;
+    if (reader.in_thought()) {
+        return begun + thought + open;
+    }
+    return string_ends_with(begun, ANSWER + "\n") ? begun + p.space() : begun + open;
 }
 
-common_peg_arena answer_grammar(const params_in & inputs, const std::string & begun, bool has_calls) {
+// Content that was begun is part of what the grammar reads: it has begun the JSON, or the calls, or stands before them.
+common_peg_arena answer_grammar(const params_in & inputs, const begun_text & begun, bool has_calls) {
     return build_chat_peg_parser([&](common_chat_peg_builder & p) {
         auto body = p.choice();
         if (has_calls) {
-            body |= calls_rule(p, inputs);
+            const bool begins = string_starts_with(begun.content, CALLS) || string_starts_with(CALLS, begun.content);
+            body |= begins ? calls_rule(p, inputs) : begun.content + p.space() + calls_rule(p, inputs);
         }
         if (!inputs.json_schema.is_null() && inputs.tool_choice != COMMON_CHAT_TOOL_CHOICE_REQUIRED) {
             body |= p.rule("answer", p.schema(p.json(), "response-format", inputs.json_schema) + p.space() +
-                                         p.optional(p.literal("</answer>") + p.space()));
+                                         p.optional(p.literal(ANSWER_END) + p.space()));
         }
-        return head_rule(p, begun) + body;
+        return head_rule(p, begun.head) + body;
     });
 }
 
-void constrain(common_chat_params & data, const params_in & inputs, bool has_calls) {
+void constrain(common_chat_params & data, const params_in & inputs, const begun_text & begun, bool has_calls) {
     const bool has_schema = !inputs.json_schema.is_null();
     if (!has_calls && !has_schema) {
         return;
     }
-    const auto arena  = answer_grammar(inputs, data.generation_prompt, has_calls);
+    const auto arena  = answer_grammar(inputs, begun, has_calls);
     data.grammar_lazy = !has_schema && inputs.tool_choice == COMMON_CHAT_TOOL_CHOICE_AUTO;
     data.grammar      = build_grammar([&](const common_grammar_builder & builder) {
         arena.build_grammar(builder, data.grammar_lazy);
@@ -115,7 +124,10 @@ void constrain(common_chat_params & data, const params_in & inputs, bool has_cal
     }
 }
 
-void require_function(const params_in & inputs) {
+void check_choice(const params_in & inputs, bool has_tools) {
+    if (inputs.tool_choice == COMMON_CHAT_TOOL_CHOICE_REQUIRED && !has_tools) {
+        throw std::invalid_argument("tool_choice requires a call, and the request has no tools");
+    }
     bool known = inputs.tool_choice_function.empty();
     foreach_function(inputs.tools, [&](const json & tool) {
         known = known || tool.at("function").at("name") == inputs.tool_choice_function;
@@ -136,7 +148,7 @@ common_chat_params common_chat_params_init_hunyuan(const common_chat_template & 
     auto       inputs    = given;
     const bool has_tools = inputs.tools.is_array() && !inputs.tools.empty();
     const bool has_calls = has_tools && inputs.tool_choice != COMMON_CHAT_TOOL_CHOICE_NONE;
-    require_function(inputs);
+    check_choice(inputs, has_tools);
     // a grammar of the request's own says what the whole output is: no thought can come before it
     inputs.enable_thinking = inputs.enable_thinking && inputs.grammar.empty();
     // the server has read the template's argument of that name already; it must not outdo what came after
@@ -152,20 +164,24 @@ common_chat_params common_chat_params_init_hunyuan(const common_chat_template & 
                              has_calls  ? COMMON_CHAT_FORMAT_HUNYUAN_TOOLS : COMMON_CHAT_FORMAT_HUNYUAN_NO_CALLS;
     data.supports_thinking  = true;
     data.thinking_start_tag = THINK;
-    data.thinking_end_tags  = { TO_ANSWER, THINK_END, "</answer>" };
-
-    std::string added;
-    if (inputs.has_continuation()) {
-        added = continued(inputs, data.generation_prompt).substr(data.generation_prompt.size());
-    } else if (!inputs.grammar.empty()) {
-        added = "<answer>\n";
+    data.thinking_end_tags  = { TO_ANSWER, THINK_END, ANSWER_END };
+    if (has_calls) {
+        data.thinking_end_tags.push_back(CALLS);
     }
-    data.prompt += added;
-    data.generation_prompt += added;
+
+    begun_text begun = { data.generation_prompt, "" };
+    if (inputs.has_continuation()) {
+        begun = continued(inputs, data.generation_prompt);
+    } else if (!inputs.grammar.empty()) {
+        begun.head += ANSWER + "\n";
+    }
+    data.prompt.resize(data.prompt.size() - data.generation_prompt.size());
+    data.generation_prompt = begun.head + begun.content;
+    data.prompt += data.generation_prompt;
 
     // the request's own grammar goes to the sampler as it is: one of ours would have to accept the generation prompt first
     if (inputs.grammar.empty()) {
-        constrain(data, inputs, has_calls);
+        constrain(data, inputs, begun, has_calls);
     }
     return data;
 }

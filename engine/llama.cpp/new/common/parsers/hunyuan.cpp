@@ -10,14 +10,11 @@ namespace {
 
 enum tag_name { THINK, THINK_END, ANSWER, ANSWER_END, CALLS, CALLS_END };
 
-const std::string TAGS[] = { "<think>", "</think>", "<answer>", "</answer>", "<tool_calls>", "</tool_calls>" };
+const std::string TAGS[] = { hunyuan_tag::THINK,      hunyuan_tag::THINK_END, hunyuan_tag::ANSWER,
+                             hunyuan_tag::ANSWER_END, hunyuan_tag::CALLS,     hunyuan_tag::CALLS_END };
 
 // The vendor's tool prompt asks for it in front of every reply that is no call.
 const std::string ASSISTANT_WORDS[] = { "助手：", "助手:" };
-
-bool is_space(char c) {
-    return c == ' ' || c == '\t' || c == '\r' || c == '\n';
-}
 
 // The end of the whole characters in text.
 size_t utf8_whole(const std::string & text) {
@@ -50,7 +47,7 @@ void hunyuan_reader::code_state::feed(char c) {
         }
         lead = open = 0;
         other = false;
-    } else if (!is_space(c)) {
+    } else if (!hunyuan_is_space(c)) {
         other = true;
     }
 }
@@ -96,7 +93,7 @@ bool hunyuan_reader::step() {
     if (at == limit) {
         return false;
     }
-    if (is_space(bytes[at])) {
+    if (hunyuan_is_space(bytes[at])) {
         return step_space();
     }
     const match tag = tag_at(at, code);
@@ -104,7 +101,7 @@ bool hunyuan_reader::step() {
         take_tag(tag);
     } else if (tag.verdict == match::no) {
         size_t end = at + 1;
-        while (end < limit && bytes[end] != '<' && !is_space(bytes[end])) {
+        while (end < limit && bytes[end] != '<' && !hunyuan_is_space(bytes[end])) {
             end++;
         }
         take_text(end);
@@ -269,7 +266,7 @@ void hunyuan_reader::add(size_t end, hunyuan_kind kind) {
 }
 
 size_t hunyuan_reader::skip_space(size_t pos) const {
-    while (pos < limit && is_space(bytes[pos])) {
+    while (pos < limit && hunyuan_is_space(bytes[pos])) {
         pos++;
     }
     return pos;
@@ -344,7 +341,7 @@ common_chat_msg hunyuan_parse(const std::string & text, bool is_partial, const c
     size_t     open  = 0;  // the thought's part, where content has one that is not closed
     const auto close = [&](size_t part) {
         if (open != 0 && open != part) {
-            msg.content += "\n</think>\n";
+            msg.content += "\n" + hunyuan_tag::THINK_END + "\n";
             open = 0;
         }
     };
@@ -362,7 +359,7 @@ common_chat_msg hunyuan_parse(const std::string & text, bool is_partial, const c
         }
         if (in_content) {
             if (open == 0) {
-                msg.content += msg.content.empty() ? "<think>\n" : "\n<think>\n";
+                msg.content += (msg.content.empty() ? "" : "\n") + hunyuan_tag::THINK + "\n";
             }
             append_run(msg.content, piece);
             open = run.part;

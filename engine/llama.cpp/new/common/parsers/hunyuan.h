@@ -28,6 +28,18 @@
 struct common_chat_msg;
 struct common_chat_parser_params;
 
+namespace hunyuan_tag {
+
+inline const std::string THINK = "<think>", THINK_END = "</think>";
+inline const std::string ANSWER = "<answer>", ANSWER_END = "</answer>";
+inline const std::string CALLS = "<tool_calls>", CALLS_END = "</tool_calls>";
+
+}  // namespace hunyuan_tag
+
+inline bool hunyuan_is_space(char c) {
+    return c == ' ' || c == '\t' || c == '\r' || c == '\n';
+}
+
 enum class hunyuan_kind {
     thought,
     answer,
@@ -62,7 +74,8 @@ std::vector<hunyuan_span> hunyuan_spans(const std::string & text, bool is_partia
 // reasoning_content; otherwise in reasoning_content alone. Never throws; of text that grows each part only grows.
 common_chat_msg hunyuan_parse(const std::string & text, bool is_partial, const common_chat_parser_params & params);
 
-// The same by pieces: a piece costs its own length (a growing call's arguments excepted), not that of the whole text.
+// The same by pieces: a piece costs its own length and that of what is undecided (whitespace that may belong to a tag, a
+// call section that is open), both of which are read again; what is decided costs nothing more.
 class hunyuan_reader {
   public:
     // A run of bytes of one kind; runs of one part have the same number, and a new part begins where the state changes.

@@ -22,8 +22,9 @@ std::vector<completion_token_output> hymoe_own_text(const std::vector<completion
 size_t hymoe_characters(const std::string & text);
 
 // The logprobs of a chat's answer. A token's text may be thought, answer or a tag, which is known only later: until then
-// the token waits. Tokens of tags and of calls are left out, so that the tokens of `content` joined are the message's
-// content, and those of `reasoning_content` its thought; with reasoning_format none the thought is among the content.
+// the token waits. Tokens of tags and of calls are left out, so that the tokens of `content` joined are what was generated
+// of the message's content, and those of `reasoning_content` of its thought (what the client gave of a message to be
+// continued has no tokens, nor has the newline that the parser puts between two ends that would make up a tag); with reasoning_format none the thought is among the content.
 class hymoe_chat_logprobs {
 public:
     // The next generated token.

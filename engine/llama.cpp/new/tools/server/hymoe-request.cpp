@@ -1,8 +1,51 @@
 #include "hymoe-request.h"
 
+#include "hymoe-json.h"
+
 #include <algorithm>
 #include <array>
 #include <stdexcept>
+
+static bool is_stop(const json & value) {
+    if (!value.is_array()) {
+        return value.is_string();
+    }
+    for (const auto & word : value) {
+        if (!word.is_string()) {
+            return false;
+        }
+    }
+    return true;
+}
+
+void hymoe_check_types(const json & body) {
+    static const struct {
+        const char * key;
+        const char * expected;
+        bool (*is_right)(const json &);
+    } fields[] = {
+        { "stop",                     "a string or a list of strings", is_stop },
+        { "chat_template_kwargs",     "an object", [](const json & v) { return v.is_object(); } },
+        { "reasoning_budget_tokens",  "a number",  [](const json & v) { return v.is_number(); } },
+        { "thinking_budget_tokens",   "a number",  [](const json & v) { return v.is_number(); } },
+        { "reasoning_budget_message", "a string",  [](const json & v) { return v.is_string(); } },
+        { "reasoning_control",        "a boolean", [](const json & v) { return v.is_boolean(); } },
+        { "add_generation_prompt",    "a boolean", [](const json & v) { return v.is_boolean(); } },
+        { "parallel_tool_calls",      "a boolean", [](const json & v) { return v.is_boolean(); } },
+        { "add_special",              "a boolean", [](const json & v) { return v.is_boolean(); } },
+        { "parse_special",            "a boolean", [](const json & v) { return v.is_boolean(); } },
+        { "with_pieces",              "a boolean", [](const json & v) { return v.is_boolean(); } },
+    };
+    for (const auto & field : fields) {
+        if (!body.contains(field.key) || body.at(field.key).is_null()) {
+            continue;
+        }
+        const json & value = body.at(field.key);
+        if (!field.is_right(value)) {
+            throw std::invalid_argument(std::string("'") + field.key + "' must be " + field.expected + ", got " + hymoe_shown(value));
+        }
+    }
+}
 
 void hymoe_check_messages(const json & messages) {
     // "function" is not among them: OpenAI has retired it, and no template of this family has a place for it
@@ -20,7 +63,7 @@ void hymoe_check_messages(const json & messages) {
         }
         const std::string role = message.at("role");
         if (std::find(roles.begin(), roles.end(), role) == roles.end()) {
-            throw std::invalid_argument("unknown role '" + role + "': expected system, developer, user, assistant or tool");
+            throw std::invalid_argument("unknown role '" + hymoe_shown(role) + "': expected system, developer, user, assistant or tool");
         }
     }
 }
@@ -31,7 +74,7 @@ void hymoe_check_tokens(const json & tokens, int32_t n_vocab) {
     }
     for (const auto & token : tokens) {
         if (!token.is_number_integer()) {
-            throw std::invalid_argument("'tokens' must be integers, got " + token.dump_safe());
+            throw std::invalid_argument("'tokens' must be integers, got " + hymoe_shown(token));
         }
         // an unsigned number beyond int64_t becomes a negative one here
         const int64_t id = token.get<int64_t>();

@@ -9,6 +9,7 @@
 #include <vector>
 
 // Throw std::invalid_argument, which becomes HTTP 400 with the text as its message.
+void hymoe_check_types(const json & body);  // of the fields whose wrong values llama.cpp takes for absent ones
 void hymoe_check_messages(const json & messages);
 void hymoe_check_tokens(const json & tokens, int32_t n_vocab);
 void hymoe_check_task(const task_params & params, const llama_model * model);
