@@ -60,10 +60,10 @@ def write(folder: Path) -> Clear:
     answers = {mode: [int(t) for t in part] for mode, part in zip(GATINGS, np.split(tokens[1:], 3), strict=True)}
     made = Clear(folder, prompt, answers)
     _shape(weights, tokens, 0.45, rng)
-    _save(folder, weights | {"lm_head.weight": _window(weights)})
+    save(folder, weights | {"lm_head.weight": _window(weights)})
     states = np.concatenate([_said(made, mode)[:, : SPEC.n_embd] for mode in GATINGS])
     following = [token for answer in answers.values() for token in answer]
-    _save(folder, weights | {"lm_head.weight": _head(weights, tokens, states, following)})
+    save(folder, weights | {"lm_head.weight": _head(weights, tokens, states, following)})
     for mode in GATINGS:
         _check_answer(_said(made, mode), answers[mode])
     return made
@@ -82,26 +82,44 @@ def write_large(folder: Path) -> Clear:
         return logits[N_PROMPT - 1 :]
 
     _shape(weights, tokens, 1.5, rng)
-    _save(folder, weights | {"lm_head.weight": _window(weights)})
+    save(folder, weights | {"lm_head.weight": _window(weights)})
     states = said()[:, : LARGE.n_embd]
-    _save(folder, weights | {"lm_head.weight": _head(weights, tokens, states, answer)})
+    save(folder, weights | {"lm_head.weight": _head(weights, tokens, states, answer)})
     _check_answer(said(), answer)
     return Clear(folder, prompt, {"topk": answer})
 
 
 def _shape(weights: dict[str, Array], tokens: NDArray[np.int64], gap: float, rng: np.random.Generator) -> None:
-    weights["model.embed_tokens.weight"] *= LOUD / weights["model.embed_tokens.weight"].std()
-    loud = weights["model.embed_tokens.weight"][tokens]
-    loud = loud / np.sqrt(np.mean(loud * loud, axis=-1, keepdims=True))
+    inverse = make_loud(weights, tokens, LOUD)
     for name, value in weights.items():
-        if name.endswith(("model.norm.weight", "input_layernorm.weight", "post_attention_layernorm.weight")):
-            value[:] = 1.0
-        elif name.endswith("gate.wg.weight"):
-            value[:] = (np.linalg.pinv(loud) @ _router_logits(len(tokens), gap, rng)).T
+        if name.endswith("gate.wg.weight"):
+            value[:] = (inverse @ _router_logits(len(tokens), gap, rng)).T
         elif ".experts." in name:
             value[:] = _grid(value.shape, rng)
         elif "shared_mlp.down" in name or "o_proj" in name:
             value[:] = 0.3 * value
+
+
+def make_loud(weights: dict[str, Array], tokens: NDArray[np.int64], loudness: float) -> Array:
+    """Scale the embeddings to `loudness` beside what a layer adds, about 1, and set the layers' norms to 1.
+
+    Gives the inverse [n_embd, n_tokens] of the normed embeddings of `tokens`, of which there are fewer than n_embd:
+    a router made with it says of a token what it was made for, give or take what the layers add.
+    """
+    for name, value in weights.items():
+        if name.endswith(("model.norm.weight", "input_layernorm.weight", "post_attention_layernorm.weight")):
+            value[:] = 1.0
+    embeddings = weights["model.embed_tokens.weight"]
+    embeddings *= loudness / embeddings.std()
+    loud = embeddings[tokens]
+    inverse: Array = np.linalg.pinv(loud / np.sqrt(np.mean(loud * loud, axis=-1, keepdims=True)))
+    return inverse
+
+
+def directions_of_no_token(weights: dict[str, Array], tokens: NDArray[np.int64]) -> Array:
+    """Orthonormal directions [n_embd - n_tokens, n_embd] in which the embeddings of `tokens` have nothing."""
+    directions: Array = np.linalg.svd(weights["model.embed_tokens.weight"][tokens])[2][len(tokens) :]
+    return directions
 
 
 def _router_logits(n_tokens: int, gap: float, rng: np.random.Generator) -> Array:
@@ -138,7 +156,7 @@ def _window(weights: dict[str, Array]) -> Array:
 
 def _head(weights: dict[str, Array], tokens: NDArray[np.int64], states: Array, following: list[int]) -> Array:
     """Solve for the head [n_vocab, n_embd]: `following` after `states` [n, n_embd], and nothing from embeddings."""
-    directions = np.linalg.svd(weights["model.embed_tokens.weight"][tokens])[2][len(tokens) :]
+    directions = directions_of_no_token(weights, tokens)
     head = np.zeros_like(weights["lm_head.weight"])
     head[following] = SURE * np.linalg.pinv(states @ directions.T).T @ directions
     steepest = np.linalg.norm(head, axis=-1).max()
@@ -146,7 +164,7 @@ def _head(weights: dict[str, Array], tokens: NDArray[np.int64], states: Array, f
     return head
 
 
-def _save(folder: Path, weights: dict[str, Array]) -> None:
+def save(folder: Path, weights: dict[str, Array]) -> None:
     save_file({name: value.astype(np.float32) for name, value in weights.items()}, folder / "model.safetensors")
 
 

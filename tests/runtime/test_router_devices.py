@@ -87,7 +87,7 @@ def clear(tmp_path_factory: pytest.TempPathFactory) -> Clear:
     return clear_model.write(tmp_path_factory.mktemp("clear") / "checkpoint")
 
 
-@pytest.fixture(scope="module", params=RECIPES.values(), ids=RECIPES.keys())
+@pytest.fixture(scope="module", params=list(RECIPES.values()), ids=list(RECIPES))
 def gguf(clear: Clear, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gguf")
     recipe = folder / "recipe"
