@@ -72,26 +72,32 @@ def models(folder: Path) -> Models:
 
 
 def clear_models(folder: Path) -> Models:
-    """Write the same with routers that decide nothing narrowly, by the token, for prompts of CLEAR_TOKENS.
+    """Write the same with routers that decide nothing narrowly on prompts of CLEAR_TOKENS.
 
-    Random routers have a choice closer than FLASH_MARGIN in nearly every prompt of 200 tokens. The head is at right
-    angles to the embeddings, so that logits follow only from what attention and experts add, and of their usual size.
+    Random ones have a choice closer than FLASH_MARGIN in nearly every prompt of 200 tokens.
     """
     made = {}
     for shape in (WIDE, NARROW):
         checkpoint = write(folder / f"checkpoint-{shape[0]}", _spec(shape, tied=False))
-        weights, rng = reference.read_safetensors(checkpoint), np.random.default_rng(0)
-        tokens = np.array(CLEAR_TOKENS)
-        inverse = make_loud(weights, tokens, LOUD)
-        for name, value in weights.items():
-            if name.endswith("gate.wg.weight"):
-                value[:] = (inverse @ _router_logits(shape, rng)).T
-        directions = directions_of_no_token(weights, tokens)
-        rows = rng.standard_normal((len(weights["lm_head.weight"]), len(directions)))
-        head = 3 * LOUD / np.sqrt(len(directions)) * rows @ directions
-        save(checkpoint, weights | {"lm_head.weight": head})
+        decide_clearly(checkpoint, shape)
         made[shape] = checkpoint, _converted(checkpoint)
     return made
+
+
+def decide_clearly(checkpoint: Path, shape: Shape) -> None:
+    """Replace routers and head of a checkpoint: of CLEAR_TOKENS the routers decide nothing narrowly, by the token.
+
+    The head is at right angles to their embeddings, so that logits follow only from what attention and experts add,
+    and of their usual size.
+    """
+    weights, rng, tokens = reference.read_safetensors(checkpoint), np.random.default_rng(0), np.array(CLEAR_TOKENS)
+    inverse = make_loud(weights, tokens, LOUD)
+    for name, value in weights.items():
+        if name.endswith("gate.wg.weight"):
+            value[:] = (inverse @ _router_logits(shape, rng)).T
+    directions = directions_of_no_token(weights, tokens)
+    rows = rng.standard_normal((len(weights["lm_head.weight"]), len(directions)))
+    save(checkpoint, weights | {"lm_head.weight": 3 * LOUD / np.sqrt(len(directions)) * rows @ directions})
 
 
 def _spec(shape: Shape, *, tied: bool) -> Spec:
@@ -112,11 +118,11 @@ def _router_logits(shape: Shape, rng: np.random.Generator) -> Array:
     n_expert, n_used = shape
     result = np.empty((len(CLEAR_TOKENS), n_expert))
     for row in result:
-        used = -np.sort(-rng.choice(LEVELS, n_used - 1, replace=False))
+        used = [0.0, *-np.sort(-rng.choice(LEVELS, n_used - 1, replace=False))]
         rest = used[-1] - 0.4 - rng.random(n_expert - n_used)
         # a race that the first experts win more often, so that capacity has something to drop
         order = np.argsort(rng.exponential(1 + np.arange(n_expert) / 8))
-        row[order] = np.concatenate([[0.0], used, rest])
+        row[order] = np.concatenate([used, rest])
     return result
 
 
