@@ -175,12 +175,7 @@ def repair(
     console.status(f"{out}: {sum(map(len, filled.values()))} experts' matrices filled, in {len(filled)} tensors")
     _warn_of_lost_counts(out, imatrix)
     if true:
-        for name, ones in (("repaired", False), ("all ones", True)):
-            found = repairing.agreement(imatrix, true, floor, ones=ones)
-            console.result(
-                f"{name}: cosine {found.cosine:.4f} (least {found.least_cosine:.4f}), "
-                f"correlation {found.correlation:.4f}"
-            )
+        console.table(repairing.table(repairing.agreement(imatrix, true, floor)))
 
 
 def convert(

@@ -1,6 +1,6 @@
-// What hy-imatrix needs of llama-imatrix besides the sums: where it stands, saves that it can go on from, and experts that
-// compute tokens which the router did not give them. It says what it wants with --override-kv, since the keys are no
-// model's: hymoe.imatrix.save_seconds and hymoe.imatrix.n_weighted.
+// What hy-imatrix needs of llama-imatrix besides the sums: where it stands, saves that it can go on from, and experts
+// that compute tokens which the router did not give them. It says what it wants with --override-kv, under keys that no
+// model has: hymoe.imatrix.save_seconds and hymoe.imatrix.n_weighted.
 #pragma once
 
 #include "common.h"
@@ -90,9 +90,11 @@ public:
             n_weighted(hymoe_int_override(params, "hymoe.imatrix.n_weighted", 0)) {
     }
 
-    // The weights of a layer's experts [1, n_expert, n_tokens], largest first, before they are normalised.
+    // The weights of a layer's experts [1, n_expert, n_tokens], largest first, before they are normalised. Views of
+    // them begin with the same name.
     bool wants(const ggml_tensor * t) const {
-        return n_weighted > 0 && strncmp(t->name, "ffn_moe_weights-", strlen("ffn_moe_weights-")) == 0;
+        const char * name = "ffn_moe_weights-";
+        return n_weighted > 0 && t->op == GGML_OP_GET_ROWS && strncmp(t->name, name, strlen(name)) == 0;
     }
 
     void take(ggml_tensor * t) {
