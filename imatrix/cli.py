@@ -148,8 +148,8 @@ def repair(
 ) -> None:
     """Fill the importance of experts that the text hardly reached.
 
-    For gate and up from what the layer's tokens say, for down from a pass in which every expert computes; both are
-    mixed with what the expert saw itself. Experts with enough tokens stay as they are; the file says what was filled.
+    They are estimated from what the layer's tokens say and from a pass in which every expert computes, and mixed with
+    what the expert saw itself. Experts with enough tokens stay as they are; the file says what was filled.
     """
     from hymoe.imatrix import files
     from hymoe.imatrix import repair as repairing
