@@ -86,7 +86,7 @@ def dim(text: str) -> str:
 
 @contextmanager
 def progress(label: str, total: float, *, unit: str = "B", done: float = 0.0) -> Iterator[Tick]:
-    """Show progress of `total` units ("B" prints as bytes and rate, "%" as percent) until the block ends.
+    """Show progress of `total` units until the block ends: "B" prints as bytes, "%" as percent, others by name.
 
     done: units that were there before.
     """
@@ -134,9 +134,26 @@ def _err(text: str, style: str | None = None) -> None:
 @contextmanager
 def _bar(label: str, total: float, unit: str, done: float) -> Iterator[Tick]:
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
-    amounts = (DownloadColumn(), TransferSpeedColumn()) if unit == "B" else (TextColumn("{task.percentage:>3.0f} %"),)
+    class _Rate(ProgressColumn):
+        def render(self, task: Task) -> str:
+            return f"{task.speed:.0f}/s" if task.speed else ""
+
+    amounts: tuple[ProgressColumn, ...] = (TextColumn("{task.percentage:>3.0f} %"),)
+    if unit == "B":
+        amounts = (DownloadColumn(), TransferSpeedColumn())
+    elif unit != "%":
+        amounts = (*amounts, TextColumn("{task.completed:.0f} of {task.total:.0f} " + unit), _Rate())
     columns = (TextColumn("{task.description}"), BarColumn(), *amounts, TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(label, total=total, completed=int(done))
@@ -155,7 +172,11 @@ def _plain(label: str, total: float, unit: str, done: float) -> Callable[[float]
             return
         last = now
         rate = (done - before) / (now - begun)
-        shown = f"{format_bytes(done)} of {format_bytes(total)}, {format_bytes(rate)}/s, " if unit == "B" else ""
+        shown = ""
+        if unit == "B":
+            shown = f"{format_bytes(done)} of {format_bytes(total)}, {format_bytes(rate)}/s, "
+        elif unit != "%":
+            shown = f"{done:.0f} of {total:.0f} {unit}, {rate:.0f}/s, "
         status(f"{label}: {100 * done / total:.0f} %, {shown}{(total - done) / rate:.0f} s left")
 
     return tick
