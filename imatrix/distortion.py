@@ -1,8 +1,8 @@
 """What each type does to each tensor, measured: relative error of the output, from samples of its rows.
 
-For a row w of a matrix and inputs x, E[((w - w')·x)²] / E[(w·x)²], with x's columns taken as uncorrelated: then both are
-sums over columns j of E[x_j²], the importance. A stack of experts weighs each by the tokens it met. Rows are a sample
-with a fixed seed; they are quantized as the converter does it, by ggml with the importance.
+For a row w of a matrix and inputs x, E[((w - w')·x)²] / E[(w·x)²], with x's columns taken as uncorrelated: then
+both are sums over columns j weighted by E[x_j²], the importance. A stack of experts weighs each by the tokens it met.
+Rows are a sample with a fixed seed; they are quantized as the converter does it, by ggml with the importance.
 """
 
 from __future__ import annotations

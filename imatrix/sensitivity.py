@@ -12,16 +12,16 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from gguf import GGMLQuantizationType
 
 from hymoe.errors import ModelFileError
-from hymoe.imatrix.distortion import importance_of, is_possible, requantized, to_bf16
+from hymoe.imatrix.distortion import Errors, importance_of, is_possible, requantized, to_bf16
 from hymoe.imatrix.divergence import Reference, Tally
 from hymoe.imatrix.files import Imatrix
-from hymoe.imatrix.weights import Bytes, Floats, GgufWeights
+from hymoe.imatrix.weights import Bytes, Floats, GgufWeights, Tensor
 
 if TYPE_CHECKING:
     from hymoe.engine.evaluator import Evaluator
@@ -40,6 +40,7 @@ def measure(
     weights: GgufWeights,
     names: Sequence[str],
     reference: Reference,
+    *,
     imatrix: Imatrix | None,
     tick: Callable[[float], None],
 ) -> Sensitivities:
@@ -110,7 +111,9 @@ def summarized(found: Sensitivities, n_layer: int) -> dict[str, list[list[float]
     for name, value in found.items():
         kind, layer = kind_of(name)
         depth = 0.0 if layer is None else (layer + 0.5) / n_layer
-        points.setdefault(kind, []).append([round(depth, 4), float(f"{value * (n_layer if layer is not None else 1):.4g}")])
+        points.setdefault(kind, []).append(
+            [round(depth, 4), float(f"{value * (n_layer if layer is not None else 1):.4g}")]
+        )
     return points
 
 
@@ -129,9 +132,22 @@ def assumed(names: Sequence[str], n_layer: int, table: Mapping[str, Sequence[Seq
     return result
 
 
-def shipped() -> dict[str, dict[str, list[list[float]]] | dict[str, float] | str]:
-    """Give the table that comes with hymoe: `sensitivity` as `summarized` has it, `error` by type, `origin`."""
-    found: dict[str, dict[str, list[list[float]]] | dict[str, float] | str] = json.loads(
-        (files("hymoe.imatrix") / TABLE).read_text(encoding="utf-8")
-    )
+def assumed_errors(names: Sequence[str], tensors: Mapping[str, Tensor], *, has_importance: bool) -> Errors:
+    """Give errors of weights that are not there: those of the table's tensors of that kind, as far as rows allow."""
+    table = shipped()["error"]
+    result = {}
+    for name in names:
+        errors = table.get(kind_of(name)[0]) or table["token_embd"]
+        n_per_row = tensors[name].shape[-1]
+        result[name] = {
+            type_name: error
+            for type_name, error in errors.items()
+            if is_possible(GGMLQuantizationType[type_name], n_per_row, has_importance or kind_of(name)[1] is None)
+        }
+    return result
+
+
+def shipped() -> dict[str, Any]:
+    """Give the table that comes with hymoe: `sensitivity` as `summarized` has it, `error` by kind and type."""
+    found: dict[str, Any] = json.loads((files("hymoe.imatrix") / TABLE).read_text(encoding="utf-8"))
     return found

@@ -28,6 +28,8 @@ Bytes = NDArray[np.uint8]
 PART_NAME = re.compile(r"(?P<stem>.+)-00001-of-(?P<count>\d{5})\.gguf")
 # Types that hold the weights closely enough for errors of other types to be measured against them.
 SOURCES = ("F32", "F16", "BF16", "Q8_0")
+ROUTER = ".ffn_gate_inp."
+EXPERTS = re.compile(r"blk\.(\d+)\..+_exps\.")
 
 
 class Tensor(NamedTuple):
@@ -51,23 +53,32 @@ class Tensor(NamedTuple):
         """Elements."""
         return prod(self.shape)
 
-    @property
-    def is_matrix(self) -> bool:
-        """Whether it may have another type: norms and routers keep F32, as every llama.cpp tool has it."""
-        return len(self.shape) > 1 and self.qtype.name != "F32"
-
 
 class Weights(Protocol):
     """The weights of a model.
 
     tensors: by GGUF name in the file's order. hparams: the architecture's whole numbers by GGUF's keys without its
-    name. identity: tells these weights from any other. gguf: the file, where the engine can run it.
+    name. identity: tells these weights from any other. head_bytes: of a GGUF before its data. gguf: the file, where the
+    engine can run it. has_values: whether `rows` answers; a checkpoint may be there without its shards.
     """
 
-    tensors: Mapping[str, Tensor]
-    hparams: Mapping[str, int]
-    identity: str
-    gguf: Path | None
+    @property
+    def tensors(self) -> Mapping[str, Tensor]: ...  # noqa: D102 - see above, as are the others
+
+    @property
+    def hparams(self) -> Mapping[str, int]: ...  # noqa: D102
+
+    @property
+    def identity(self) -> str: ...  # noqa: D102
+
+    @property
+    def head_bytes(self) -> int: ...  # noqa: D102
+
+    @property
+    def gguf(self) -> Path | None: ...  # noqa: D102
+
+    @property
+    def has_values(self) -> bool: ...  # noqa: D102
 
     def rows(self, name: str, index: int, rows: range) -> Floats:
         """Give rows of slice `index` of a tensor, [len(rows), n_per_row]."""
@@ -78,6 +89,8 @@ class GgufWeights:
 
     def __init__(self, path: Path) -> None:
         self.gguf: Path | None = path
+        self.has_values = True
+        self.head_bytes = 0
         self._place: dict[str, tuple[int, int]] = {}
         self._files: list[int] = []
         self._stack = ExitStack()
@@ -90,8 +103,23 @@ class GgufWeights:
             self._open(part, found, digest)
             keys = keys or found.keys
         self.identity = digest.hexdigest()
-        self.architecture = str(keys.get("general.architecture", ""))
-        self.hparams = hparams_of(self.architecture, keys)
+        self.keys = keys
+        self.hparams = hparams_of(str(keys.get("general.architecture", "")), keys)
+
+    @property
+    def chat_template(self) -> str | None:
+        """Give the chat template's text, None where there is none."""
+        return str(self.keys["tokenizer.chat_template"]) if "tokenizer.chat_template" in self.keys else None
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor_bytes(*tensor) for tensor in self.tensors.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits per weight, all tensors counted."""
+        return 8 * self.n_bytes / sum(tensor.n_weights for tensor in self.tensors.values())
 
     def __enter__(self) -> Self:
         return self
@@ -108,6 +136,7 @@ class GgufWeights:
         digest.update(f"{stat.st_size} {stat.st_mtime_ns} {sorted(found.offsets.items())}".encode())
         self._files.append(number)
         self.tensors |= found.tensors
+        self.head_bytes += found.begin
         self._place |= {name: (number, offset) for name, offset in found.offsets.items()}
 
     def stored(self, name: str, index: int, rows: range) -> Bytes:
@@ -136,6 +165,17 @@ class GgufWeights:
         return values
 
 
+def matrices(weights: Weights) -> list[str]:
+    """Name the tensors that may have another type: norms and routers keep F32, as every llama.cpp tool has it."""
+    return [name for name, tensor in weights.tensors.items() if len(tensor.shape) > 1 and ROUTER not in name]
+
+
+def layer_of_experts(name: str) -> int | None:
+    """Give the layer of a stack of routed experts, None for other tensors."""
+    found = EXPERTS.match(name)
+    return int(found[1]) if found else None
+
+
 def parts_of(path: Path) -> Iterator[Path]:
     """Give the file, or all parts of a split model by its first."""
     found = PART_NAME.fullmatch(path.name)
@@ -160,6 +200,7 @@ class _Part(NamedTuple):
     keys: dict[str, Scalar]
     tensors: dict[str, Tensor]
     offsets: dict[str, int]
+    begin: int
     end: int
 
 
@@ -186,7 +227,7 @@ def _read_part(at: Cursor) -> _Part:
     begin = padded(at.at, alignment)
     offsets = {name: begin + offset for name, offset in offsets.items()}
     end = max((offsets[name] + tensor_bytes(*tensor) for name, tensor in tensors.items()), default=begin)
-    return _Part(keys, tensors, offsets, end)
+    return _Part(keys, tensors, offsets, begin, end)
 
 
 def _scalars(at: Cursor, n_kv: int) -> Iterator[tuple[str, Scalar]]:
@@ -199,3 +240,8 @@ def _scalars(at: Cursor, n_kv: int) -> Iterator[tuple[str, Scalar]]:
             at.skip_strings(count)
         else:
             at.at += count * SCALARS[element].size
+
+
+def n_processors() -> int:
+    """Give the number of processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

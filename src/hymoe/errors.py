@@ -8,6 +8,7 @@ HyError                 one clear line: what, got, expected, what to do
 ├── OutputError         the output file: exists, disk too small, cannot be written
 ├── ModelFileError      a GGUF that is not one, or not of this family
 ├── EngineError         the engine: download, patches, compiler, build
+├── BudgetError         no choice of types fits the bytes that a recipe may have
 └── ServerError         the server process: port taken, died, not answering
 
 A command prints `error: <message>` and exits with 1; bad usage exits with 2; anything that is
@@ -62,6 +63,10 @@ class ModelFileError(HyError):
 
 class EngineError(HyError):
     """The engine cannot be fetched, patched, built or loaded."""
+
+
+class BudgetError(HyError):
+    """No choice of types fits the bytes that a recipe may have."""
 
 
 class ServerError(HyError):
