@@ -24,6 +24,9 @@ from hymoe.imatrix.weights import Floats, Tensor, Weights
 N_SAMPLE: Final = 128
 SEED: Final = 20251
 FLOATS: Final = ("F32", "F16", "BF16")
+# llama-imatrix does not collect for these. All columns alike is better than nothing: without importance ggml weighs
+# errors by the size of the weights, with it by what they cost. The converter does the same with a recipe.
+WITHOUT_DATA: Final = ("token_embd.weight", "output.weight")
 
 Errors = dict[str, dict[str, float]]
 """Relative squared error of the output by tensor and type."""
@@ -51,6 +54,9 @@ def importance_of(imatrix: Imatrix | None, tensors: Mapping[str, Tensor]) -> dic
         found[name] = values.reshape(tensor.n_slice, -1)
     if not found:
         raise ModelFileError(other, got="no entry for any tensor of this one")
+    for name in WITHOUT_DATA:
+        if name in tensors and name not in found:
+            found[name] = np.ones((1, tensors[name].shape[-1]), np.float32)
     return found
 
 
@@ -97,7 +103,7 @@ def _errors(
     usage: NDArray[np.float64],
 ) -> dict[str, float]:
     tensor = weights.tensors[name]
-    sample = [(index, weights.rows(name, index, rows)) for index, rows in _chosen(name, tensor)]
+    sample = [(index, weights.rows(name, index, rows)) for index, rows in sampled(name, tensor)]
     result = {}
     for qtype in types:
         if not is_possible(qtype, tensor.shape[-1], importance is not None):
@@ -113,7 +119,7 @@ def _errors(
     return result
 
 
-def _chosen(name: str, tensor: Tensor) -> list[tuple[int, range]]:
+def sampled(name: str, tensor: Tensor) -> list[tuple[int, range]]:
     """Choose rows of each slice: one run of neighbours from a place that the seed and the name decide."""
     random = np.random.default_rng([SEED, zlib.crc32(name.encode())])
     n = min(tensor.n_rows, max(1, N_SAMPLE // tensor.n_slice))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.resources import as_file, files
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -28,12 +29,22 @@ def documents(paths: Sequence[Path], template: str | None) -> list[str]:
 
     template: the model's own; without one the plain fallback is used. Raises UnsupportedError as `conversations.read`.
     """
-    sources = [conversations.read(path) for path in paths] or [_ours()]
+    return _rendered([conversations.read(path) for path in paths] or [_ours()], template)
+
+
+def calibration(paths: Sequence[Path], template: str | None) -> list[str]:
+    """Render the user's files, or the calibration set: what may be measured on while something is still chosen.
+
+    Files take turns, so that the first few documents have something of each.
+    """
+    return _rendered([conversations.read(path) for path in paths] or conversations.calibration_set(), template)
+
+
+def _rendered(sources: Sequence[Source], template: str | None) -> list[str]:
     used = template or fallback()
+    turns = zip_longest(*([(source.name, each) for each in source.conversations] for source in sources))
     return [
-        conversations.rendered([Source(source.name, (each,))], used)
-        for source in sources
-        for each in source.conversations
+        conversations.rendered([Source(name, (each,))], used) for turn in turns for name, each in filter(None, turn)
     ]
 
 

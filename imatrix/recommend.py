@@ -35,7 +35,7 @@ MENU: Final = (
 CHECKPOINTS: Final = "hymoe.convert.rows"
 # Beyond this, a run for every tensor takes hours: the table of the miniature is taken instead.
 MEASURED_BYTES: Final = 2 << 30
-MEASURED_TOKENS: Final = 2048
+MEASURED_TOKENS: Final = 1536
 N_CTX: Final = 512
 AROUND: Final = (0.8, 0.9, 1.0, 1.1, 1.25)
 # File types by bits per weight, for the label that hy-convert wants.
@@ -173,7 +173,7 @@ def _evidence(
     else:
         errors = sensitivity.assumed_errors(names, weights.tensors, has_importance=imatrix is not None)
     if measured and isinstance(weights, GgufWeights):
-        texts = heldout.documents(options.text, weights.chat_template)
+        texts = heldout.calibration(options.text, weights.chat_template)
         state = _State(["sensitivity", *key, MEASURED_TOKENS, texts])
         return errors, state.get(lambda: _measured_costs(options, weights, names, imatrix, texts)), True
     return errors, sensitivity.assumed(names, n_layer, sensitivity.shipped()["sensitivity"]), False
