@@ -242,6 +242,7 @@ def _warn_of_gaps(imatrix: Imatrix, matrices: Sequence[Matrix], chosen: Sequence
     """Warn of slices without data and of matrices without an entry: to both, all columns are alike."""
     pairs = list(zip(matrices, chosen, strict=True))
     used = [matrix for matrix, target in pairs if target.importance is not None]
+    used = [matrix for matrix in used if matrix.name in imatrix.entries]
     n_slices = sum(matrix.shape[0] if len(matrix.shape) > 2 else 1 for matrix in used)
     n_empty = sum(imatrix.n_empty(matrix.name) for matrix in used)
     if n_empty:

@@ -103,9 +103,12 @@ class _Pass:
 def solve_one(items: Sequence[Item], budget: int) -> Choice | None:
     """Choose within one budget of bytes; None where it cannot be met."""
     done = _Pass(items, budget, 0.0)
-    if not np.isfinite(done.least(len(items))):
+    if least_bytes(items) > budget:
         return None
-    return Choice(_spend(items, done.trace(len(items)), [(range(len(items)), budget)]), 0)
+    fits = np.isfinite(done.least(len(items)))
+    # So close to the least that rounding alone is too much: begin with the smallest.
+    chosen = done.trace(len(items)) if fits else [min(item.options, key=lambda o: o.n_bytes) for item in items]
+    return Choice(_spend(items, chosen, [(range(len(items)), budget)]), 0)
 
 
 def solve_two(items: Sequence[Item], card: int, ram: int, *, price: float = 0.0) -> Choice | None:

@@ -73,9 +73,12 @@ def _recorded(options: QualityOptions, texts: Sequence[str]) -> Reference:
     with Evaluator(options.reference, n_ctx=N_CTX, n_threads=options.n_threads) as model:
         ids = heldout.tokens(model, texts, options.n_tokens)
         reference = Reference(ids, model.n_vocab, options.folder)
-        with console.progress(options.reference.name, reference.n_tokens, unit="%") as tick:
-            for n in reference.record(model):
-                tick(n)
+        with ExitStack() as failed:
+            failed.enter_context(reference)
+            with console.progress(options.reference.name, reference.n_tokens, unit="%") as tick:
+                for n in reference.record(model):
+                    tick(n)
+            failed.pop_all()
     return reference
 
 

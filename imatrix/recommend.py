@@ -119,7 +119,7 @@ def recommend(options: RecipeOptions) -> Recommendation:
     imatrix = files.read(options.imatrix) if options.imatrix else None
     with open_weights(options.model) as weights:
         distortion.importance_of(imatrix, weights.tensors)
-        errors, costs, is_measured = _evidence(options, weights, imatrix)
+        errors, costs, is_measured = evidence(options, weights, imatrix)
         problem = _problem(options, weights, errors, costs)
         choice, budget = _solved(problem)
         chosen = problem.alternative(choice)
@@ -159,22 +159,23 @@ def open_weights(model: Path) -> Iterator[Weights]:
 # -- evidence ---------------------------------------------------------------------------------------------------------
 
 
-def _evidence(
+def evidence(
     options: RecipeOptions, weights: Weights, imatrix: Imatrix | None
 ) -> tuple[distortion.Errors, sensitivity.Sensitivities, bool]:
-    """Give errors and sensitivities, from the cache where they were measured before."""
+    """Give errors and sensitivities by tensor, from the cache where they were measured before; and whether they were."""
     names = matrices(weights)
     n_layer = weights.hparams["block_count"]
     measured = _is_measured(options, weights)
-    key = [STATE_VERSION, weights.identity, imatrix and imatrix.sha256, sensitivity.PROBES, distortion.N_SAMPLE]
     if weights.has_values:
-        state = _State(["errors", *key])
+        digest = imatrix.sha256 if imatrix else None
+        state = _State(["errors", STATE_VERSION, weights.identity, digest, distortion.N_SAMPLE])
         errors = state.get(lambda: _measured_errors(options, weights, names, imatrix))
     else:
         errors = sensitivity.assumed_errors(names, weights.tensors, has_importance=imatrix is not None)
     if measured and isinstance(weights, GgufWeights):
         texts = heldout.calibration(options.text, weights.chat_template)
-        state = _State(["sensitivity", *key, MEASURED_TOKENS, texts])
+        # What an error costs is the model's own, whatever it was weighted with when it was measured.
+        state = _State(["sensitivity", STATE_VERSION, weights.identity, sensitivity.PROBES, MEASURED_TOKENS, texts])
         return errors, state.get(lambda: _measured_costs(options, weights, names, imatrix, texts)), True
     return errors, sensitivity.assumed(names, n_layer, sensitivity.shipped()["sensitivity"]), False
 

@@ -139,11 +139,15 @@ class GgufWeights:
         self.head_bytes += found.begin
         self._place |= {name: (number, offset) for name, offset in found.offsets.items()}
 
+    def place(self, name: str) -> tuple[int, int]:
+        """Give the open file that holds a tensor, and where its bytes begin there."""
+        return self._place[name]
+
     def stored(self, name: str, index: int, rows: range) -> Bytes:
         """Give the bytes of rows of a slice as the file has them, [len(rows), row_bytes]."""
         tensor = self.tensors[name]
         width = row_bytes(tensor.shape[-1], tensor.qtype)
-        file, offset = self._place[name]
+        file, offset = self.place(name)
         start = offset + width * (index * tensor.n_rows + rows.start)
         raw = os.pread(file, width * len(rows), start)
         if len(raw) < width * len(rows):

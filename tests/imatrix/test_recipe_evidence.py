@@ -56,14 +56,16 @@ def test_errors_are_what_gguf_py_computes(gguf: Path, imatrix: Path) -> None:
 def test_an_imatrix_of_another_model_is_refused_by_its_first_tensor(gguf: Path, tmp_path: Path) -> None:
     with GgufWeights(gguf) as weights:
         wide = write_imatrix(tmp_path / "wide.gguf", weights, n_more=1)
-        with pytest.raises(ModelFileError, match="another model: got 257 values for blk.0.attn_q.weight, expected 256"):
+        with pytest.raises(ModelFileError, match=r"another model: got 257 values for blk\.0\.attn_q\.weight"):
             distortion.importance_of(files.read(wide), weights.tensors)
         deep = write_imatrix(tmp_path / "deep.gguf", weights, also="blk.7.attn_q.weight")
-        with pytest.raises(ModelFileError, match="got an entry for blk.7.attn_q.weight"):
+        with pytest.raises(ModelFileError, match=r"got an entry for blk\.7.attn_q.weight"):
             distortion.importance_of(files.read(deep), weights.tensors)
 
 
-def test_a_sensitivity_tells_what_a_file_loses(mini_checkpoint: Path, gguf: Path, imatrix: Path, tmp_path: Path) -> None:
+def test_a_sensitivity_tells_what_a_file_loses(
+    mini_checkpoint: Path, gguf: Path, imatrix: Path, tmp_path: Path
+) -> None:
     """A file with one coarse tensor loses what sensitivity × error says of it, and measuring leaves no trace."""
     importance = files.read(imatrix)
     names = ["blk.0.attn_v.weight", DOWN]
@@ -73,9 +75,7 @@ def test_a_sensitivity_tells_what_a_file_loses(mini_checkpoint: Path, gguf: Path
         with Evaluator(gguf, n_ctx=256, n_threads=1, repack=False) as model:
             reference = Reference(heldout.tokens(model, texts, 512), model.n_vocab)
             assert sum(reference.record(model)) == reference.n_tokens
-            costs = sensitivity.measure(
-                model, weights, names, reference, imatrix=importance, tick=lambda _n: None
-            )
+            costs = sensitivity.measure(model, weights, names, reference, imatrix=importance, tick=lambda _n: None)
             again = Tally()
             sum(reference.compare(model, again, "again"))
         assert again.quality().largest == 0.0
