@@ -10,6 +10,8 @@ import typer
 
 from hymoe import console
 from hymoe.errors import ModelFileError
+from hymoe.imatrix.quality_cli import quality
+from hymoe.imatrix.recipe_cli import recipe
 
 if TYPE_CHECKING:
     from hymoe.imatrix.files import Imatrix
@@ -197,7 +199,7 @@ def convert(
 
 
 # Commands of other files join the table.
-COMMANDS = (collect, show, repair, convert)
+COMMANDS = (collect, show, repair, convert, recipe, quality)
 for command in COMMANDS:
     app.command()(command)
 
