@@ -11,6 +11,7 @@ from hymoe.runtime.endpoint import Endpoint
 SECONDS = 1.0
 # Less than a busy engine may take to answer: then the line stays as it is.
 ANSWER_SECONDS = 0.5
+PATIENT_SECONDS = 5.0
 _READ = re.compile(r"^llamacpp:prompt_tokens_total (\S+)$", re.MULTILINE)
 _WRITTEN = re.compile(r"^llamacpp:tokens_predicted_total (\S+)$", re.MULTILINE)
 
@@ -36,7 +37,7 @@ class Monitor:
 
     def running(self) -> int:
         """Count the slots that answer; 0 where the server does not say."""
-        slots = self._get("/slots")
+        slots = self._get("/slots", PATIENT_SECONDS)
         return sum(bool(slot.get("is_processing")) for slot in slots) if isinstance(slots, list) else 0
 
     def _rates(self, counters: dict[str, float]) -> dict[str, float]:
@@ -47,12 +48,12 @@ class Monitor:
             return dict.fromkeys(counters, 0.0)
         return {name: max(value - before[1][name], 0.0) / (now - before[0]) for name, value in counters.items()}
 
-    def _get(self, path: str) -> Any:
+    def _get(self, path: str, seconds: float = ANSWER_SECONDS) -> Any:
         import httpx
 
         headers = {"Authorization": f"Bearer {self._endpoint.api_key}"} if self._endpoint.api_key else {}
         try:
-            answer = httpx.get(self._endpoint.url + path, headers=headers, trust_env=False, timeout=ANSWER_SECONDS)
+            answer = httpx.get(self._endpoint.url + path, headers=headers, trust_env=False, timeout=seconds)
             if answer.status_code != httpx.codes.OK:
                 return None
             return answer.json() if path == "/slots" else answer.text

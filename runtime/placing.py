@@ -60,8 +60,8 @@ def place(options: ServerOptions) -> ServerOptions:
 def smaller(options: ServerOptions, complaints: Sequence[str]) -> ServerOptions | None:
     """Give the options with a plan that takes less of the memory that was too small; None where there is none.
 
-    complaints: what the engine's log says of it. Where that names no device of the plan, it is all of them, or RAM
-    where the plan has none or the log speaks of the CPU's buffers.
+    complaints: what the engine's log says of it. Where that names neither a device of the plan nor a buffer of the
+    host's, it is all devices; where it says nothing, as of a process that the kernel has killed, it is RAM.
     """
     from hymoe.runtime.machine import probe
 
@@ -70,7 +70,7 @@ def smaller(options: ServerOptions, complaints: Sequence[str]) -> ServerOptions 
     took = {memory.name: int(LESS * memory.used) for memory in options.plan.memories}
     text = " ".join(complaints)
     named = {device.name for device in options.plan.devices if device.name in text}
-    if not named and not re.search(r"\bCPU|_Host\b", text):
+    if text and not named and not re.search(r"\bCPU|_Host\b", text):
         named = {device.name for device in options.plan.devices}
     machine = probe(threads=options.threads, rpc=options.rpc)
     devices = tuple(
