@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from typing import Any
@@ -22,7 +23,7 @@ class Monitor:
     def __init__(self, endpoint: Endpoint, n_ctx: int) -> None:
         self._endpoint = endpoint
         self._n_ctx = n_ctx
-        self._asked = 0.0
+        self._asked = -math.inf
         self._counted: tuple[float, dict[str, float]] | None = None
 
     def line(self) -> str | None:
@@ -30,7 +31,7 @@ class Monitor:
         if time.monotonic() - self._asked < SECONDS:
             return None
         self._asked = time.monotonic()
-        slots, text = self._get("/slots"), self._get("/metrics")
+        slots, text = self._get("/slots", ANSWER_SECONDS), self._get("/metrics", ANSWER_SECONDS)
         if not isinstance(slots, list) or not isinstance(text, str):
             return None
         return describe(slots, self._rates(totals(slots, text)), self._n_ctx)
@@ -48,7 +49,7 @@ class Monitor:
             return dict.fromkeys(counters, 0.0)
         return {name: max(value - before[1][name], 0.0) / (now - before[0]) for name, value in counters.items()}
 
-    def _get(self, path: str, seconds: float = ANSWER_SECONDS) -> Any:
+    def _get(self, path: str, seconds: float) -> Any:
         import httpx
 
         headers = {"Authorization": f"Bearer {self._endpoint.api_key}"} if self._endpoint.api_key else {}
