@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from typing import Any
@@ -11,6 +12,7 @@ from hymoe.runtime.endpoint import Endpoint
 SECONDS = 1.0
 # Less than a busy engine may take to answer: then the line stays as it is.
 ANSWER_SECONDS = 0.5
+PATIENT_SECONDS = 5.0
 _READ = re.compile(r"^llamacpp:prompt_tokens_total (\S+)$", re.MULTILINE)
 _WRITTEN = re.compile(r"^llamacpp:tokens_predicted_total (\S+)$", re.MULTILINE)
 
@@ -21,7 +23,7 @@ class Monitor:
     def __init__(self, endpoint: Endpoint, n_ctx: int) -> None:
         self._endpoint = endpoint
         self._n_ctx = n_ctx
-        self._asked = 0.0
+        self._asked = -math.inf
         self._counted: tuple[float, dict[str, float]] | None = None
 
     def line(self) -> str | None:
@@ -29,14 +31,14 @@ class Monitor:
         if time.monotonic() - self._asked < SECONDS:
             return None
         self._asked = time.monotonic()
-        slots, text = self._get("/slots"), self._get("/metrics")
+        slots, text = self._get("/slots", ANSWER_SECONDS), self._get("/metrics", ANSWER_SECONDS)
         if not isinstance(slots, list) or not isinstance(text, str):
             return None
         return describe(slots, self._rates(totals(slots, text)), self._n_ctx)
 
     def running(self) -> int:
         """Count the slots that answer; 0 where the server does not say."""
-        slots = self._get("/slots")
+        slots = self._get("/slots", PATIENT_SECONDS)
         return sum(bool(slot.get("is_processing")) for slot in slots) if isinstance(slots, list) else 0
 
     def _rates(self, counters: dict[str, float]) -> dict[str, float]:
@@ -47,12 +49,12 @@ class Monitor:
             return dict.fromkeys(counters, 0.0)
         return {name: max(value - before[1][name], 0.0) / (now - before[0]) for name, value in counters.items()}
 
-    def _get(self, path: str) -> Any:
+    def _get(self, path: str, seconds: float) -> Any:
         import httpx
 
         headers = {"Authorization": f"Bearer {self._endpoint.api_key}"} if self._endpoint.api_key else {}
         try:
-            answer = httpx.get(self._endpoint.url + path, headers=headers, trust_env=False, timeout=ANSWER_SECONDS)
+            answer = httpx.get(self._endpoint.url + path, headers=headers, trust_env=False, timeout=seconds)
             if answer.status_code != httpx.codes.OK:
                 return None
             return answer.json() if path == "/slots" else answer.text

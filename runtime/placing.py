@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Final
 from hymoe import console
 from hymoe.errors import PlacementError
 from hymoe.runtime import header, workers
-from hymoe.runtime.planned import RAM
 from hymoe.runtime.server import ServerOptions, check_flags, context_size
 
 if TYPE_CHECKING:
@@ -60,29 +59,37 @@ def place(options: ServerOptions) -> ServerOptions:
 def smaller(options: ServerOptions, complaints: Sequence[str]) -> ServerOptions | None:
     """Give the options with a plan that takes less of the memory that was too small; None where there is none.
 
-    complaints: what the engine's log says of it. Where that names no device of the plan, it is all of them, or RAM
-    where the plan has none or the log speaks of the CPU's buffers.
+    complaints: what the engine's log says of it. Where that names neither a device of the plan nor a buffer of the
+    host's, it is all devices; where it says nothing, as of a process that the kernel has killed, it is RAM.
     """
     from hymoe.runtime.machine import probe
+    from hymoe.runtime.plan import DEVICE_MARGIN, RAM_MARGIN
 
     if options.plan is None:
         return None
-    took = {memory.name: int(LESS * memory.used) for memory in options.plan.memories}
+    memories = options.plan.memories
+    took = {memory.name: _with_margin(memory.used, DEVICE_MARGIN) for memory in memories[:-1]}
     text = " ".join(complaints)
     named = {device.name for device in options.plan.devices if device.name in text}
-    if not named and not re.search(r"\bCPU|_Host\b", text):
+    if text and not named and not re.search(r"\bCPU|_Host\b", text):
         named = {device.name for device in options.plan.devices}
     machine = probe(threads=options.threads, rpc=options.rpc)
     devices = tuple(
         replace(device, free=min(device.free, took[device.name])) if device.name in named else device
         for device in machine.devices
     )
-    ram = machine.ram_usable if named else min(machine.ram_usable, took[RAM])
+    ram = _with_margin(memories[-1].used, RAM_MARGIN)
+    ram = machine.ram_usable if named else min(machine.ram_usable, ram)
     try:
         plan = _plan(options.model, replace(machine, devices=devices, ram_usable=ram), options.plan.wish)
     except PlacementError:
         return None
     return replace(options, plan=plan)
+
+
+def _with_margin(used: int, rule: tuple[float, int]) -> int:
+    """Give the bytes of a memory that leave LESS of what was used, beside the margin that any plan leaves."""
+    return int((LESS * used + rule[1]) / (1 - rule[0]))
 
 
 def summary(plan: Plan) -> str:

@@ -97,9 +97,8 @@ class ServerExitError(ServerError):
     """The engine ended by itself.
 
     status: what a shell would show. tail: the last lines it wrote. served: whether it had been healthy. complaints:
-    its lines about memory.
-    out_of_memory: whether it ended for want of memory, by what it said, or was killed while it loaded, as the kernel
-    does it.
+    its lines about memory. out_of_memory: whether it ended for want of that while it loaded, by what it said or because
+    it was killed, which is how the kernel does it.
     """
 
     def __init__(self, returncode: int, log: list[str], *, served: bool) -> None:
@@ -120,9 +119,9 @@ class ServerExitError(ServerError):
 def serve(model: Path | str | ServerOptions) -> Iterator[Endpoint]:
     """Run the engine for the length of a `with` block, which begins when it is healthy; after a crash it runs again.
 
-    model: a file, which is placed by a plan and served on a free port, or all that can be chosen (then without a plan,
-    unless it is one that `placing.place` gave). Raises as `Server` does, and at the end
-    of the block where the engine had to be given up.
+    model: a file, which is placed by a plan and served on a free port; or all that can be chosen, and then with the
+    plan that `placing.place` gave it, if any. Raises as `Server` and `place` do, and at the end of the block where the
+    engine had to be given up.
     """
     from hymoe.runtime.placing import place
     from hymoe.runtime.supervise import background
@@ -152,12 +151,14 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
         self._log: process.Log | None = None
         self._overrides: list[overrides.Override] = []
+        self._keys: list[str] = []
 
     def __enter__(self) -> Self:
         from hymoe import engine
 
         check_flags(self.options.extra)
-        check_access(self.options.host, self._keys(), insecure=self.options.insecure)
+        self._keys = _keys(self.options)
+        check_access(self.options.host, self._keys, insecure=self.options.insecure)
         header = peek(self.options.model)
         workers.check(self.options.rpc)
         tool = engine.find().tool("llama-server")
@@ -217,16 +218,11 @@ class Server:
         """Whether the engine's log has no room on its disk, so that lines are lost."""
         return self._log is not None and self._log.is_full()
 
-    def _keys(self) -> list[str]:
-        """Give the keys, the first of which is ours to use."""
-        given = [self.options.api_key] if self.options.api_key else []
-        return given + (keys_of(self.options.api_key_file) if self.options.api_key_file else [])
-
     def _start(self, tool: Path, header: Header) -> None:
         for attempt in range(PORT_ATTEMPTS):
             options = self._with_port()
             self.port = options.port
-            key = next(iter(self._keys()), None)
+            key = next(iter(self._keys), None)  # any of them will do for us
             self.endpoint = Endpoint(f"http://{_connect_host(options.host)}:{options.port}", key)
             self._log = process.Log(options.log, options.log_limit)
             command = command_line(tool, header, options, self.n_ctx, self._overrides)
@@ -284,7 +280,7 @@ class Server:
             if client.get("/health").status_code != httpx.codes.OK or not process.owns_port(running.pid, port):
                 return False
             # Asked, not deduced: what the engine does is what counts.
-            self.needs_key = bool(self._keys()) or client.get("/v1/models").status_code != httpx.codes.OK
+            self.needs_key = bool(self._keys) or client.get("/v1/models").status_code != httpx.codes.OK
         except httpx.TransportError:
             return False
         return True
@@ -301,6 +297,11 @@ class Server:
         if self._log:
             for line in self._log.new_lines():
                 console.detail(line)
+
+
+def _keys(options: ServerOptions) -> list[str]:
+    given = [options.api_key] if options.api_key else []
+    return given + (keys_of(options.api_key_file) if options.api_key_file else [])
 
 
 def check_flags(extra: tuple[str, ...]) -> None:
