@@ -107,8 +107,9 @@ def planned(options: argparse.Namespace, gguf: Path) -> Setting:
     here = machine.probe()
     if not options.device:
         here = machine.Machine.from_json(here.to_json() | {"devices": ()})
-    say("tuning")
-    tuned = tune.tune(gguf, here)
+    tuned = tune.known(gguf, here)
+    if tuned is None and not options.device:  # what is tuned is the processor's part
+        tuned = tune.tune(gguf, here)
     plan = settle.settle(gguf, layout.read(gguf), here, Wish(n_ctx=options.ctx, n_parallel=1), tuned)
     return Setting("our plan", tuple(plan.arguments()), tuple(plan.environment().items()))
 

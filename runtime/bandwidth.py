@@ -66,10 +66,13 @@ def of_card(description: str) -> float | None:
     return next((rate for name, rate in CARDS.items() if name.lower() in lower), None)
 
 
-def measured(n_core: int, ram_usable: int, devices: Sequence[Mapping[str, Any]], rpc: Sequence[str]) -> dict[str, Any]:
+def measured(
+    n_core: int, ram_usable: int, devices: Sequence[Mapping[str, Any]], rpc: Sequence[str], *, fresh: bool = False
+) -> dict[str, Any]:
     """Give bytes per second: "ram", and under "devices" by name "bandwidth", "link", "link_pageable" where known.
 
-    Measured once for a processor, its cores and these devices: about a second, and one more for each device.
+    Measured once for a processor, its cores and these devices, about a second and one more for each device; `fresh`:
+    again.
     """
     known = [[device[name] for name in ("name", "description", "total")] for device in devices]
     key = {"cpu": cpu_name(), "cores": n_core, "devices": known, "rpc": list(rpc)}
@@ -81,7 +84,7 @@ def measured(n_core: int, ram_usable: int, devices: Sequence[Mapping[str, Any]],
         speeds = {d["name"]: {k: v for k, v in d.items() if k.startswith(("band", "link"))} for d in answer["devices"]}
         return {"ram": answer["bandwidth"], "devices": speeds}
 
-    return measuring.remembered("bandwidth", key, ask)
+    return measuring.keep("bandwidth", key, ask()) if fresh else measuring.remembered("bandwidth", key, ask)
 
 
 def cpu_name(root: Path = Path("/")) -> str:

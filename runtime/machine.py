@@ -6,7 +6,7 @@ import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from math import ceil
+from math import ceil, inf
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -102,19 +102,24 @@ class Machine:
 
 
 def probe(
-    *, vram: int | None = None, ram: int | None = None, threads: int | None = None, rpc: Sequence[str] = ()
+    *,
+    vram: int | None = None,
+    ram: int | None = None,
+    threads: int | None = None,
+    rpc: Sequence[str] = (),
+    fresh: bool = False,
 ) -> Machine:
     """Look at this machine. vram (bytes of each card), ram (bytes) and threads take the place of what is found.
 
-    rpc: workers as host:port. Bandwidths are measured the first time, a second or so, and remembered.
-    Raises EngineError where no engine is built, ServerError for a worker that does not answer.
+    rpc: workers as host:port. Bandwidths are measured the first time, a second or so, and remembered; `fresh`: measured
+    again. Raises EngineError where no engine is built, ServerError for a worker that does not answer.
     """
     total, usable = memory()
     n_core, n_fast_core = cores()
     for worker in rpc:
         _require(worker)
     listed = measuring.ask("devices", *(("--rpc", ",".join(rpc)) if rpc else ()))["devices"]
-    speeds = bandwidth.measured(threads or n_core, usable, listed, rpc)
+    speeds = bandwidth.measured(threads or n_core, usable, listed, rpc, fresh=fresh)
     devices = tuple(_device(found, speeds["devices"].get(found["name"], {})) for found in listed)
     if vram is not None:
         devices = tuple(
@@ -238,7 +243,7 @@ def cores(root: Path = ROOT, allowed: set[int] | None = None) -> tuple[int, int]
         first.setdefault(_text(file) or str(cpu), cpu)
     fast = _fast(root, set(first.values()))
     quota = _quota(root)
-    return max(1, min(len(first), quota)), max(1, min(len(fast), quota))
+    return max(1, ceil(min(len(first), quota))), max(1, ceil(min(len(fast), quota)))
 
 
 def _affinity() -> set[int]:
@@ -264,17 +269,16 @@ def _ranges(text: str) -> Iterator[int]:
         yield from range(int(first), int(last or first) + 1)
 
 
-def _quota(root: Path) -> int:
-    """Give the processor time that the process's cgroups allow, in whole cores."""
-    allowed = [float(os.cpu_count() or 1)] if root == ROOT else [float("inf")]
+def _quota(root: Path) -> float:
+    """Give the processor time that the process's cgroups allow, in cores."""
+    least = inf
     for folder in _groups(root, "cpu"):
         words = (_text(folder / "cpu.max") or "").split()  # version 2: "quota period", in microseconds
         if not words:
             words = [_text(folder / f"cpu.cfs_{name}_us") or "" for name in ("quota", "period")]
         if words[0].isdecimal() and words[1].isdecimal():
-            allowed.append(int(words[0]) / int(words[1]))
-    least = min(allowed)
-    return ceil(least) if least < float("inf") else 1 << 16
+            least = min(least, int(words[0]) / int(words[1]))
+    return least
 
 
 def _text(file: Path) -> str | None:

@@ -77,20 +77,15 @@ def reason(log: str, returncode: int) -> str:
 
 
 def remembered(kind: str, key: object, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Give what was found out about `key` before, else find it out and keep it in the cache folder.
+    """Give what was found out about `key` before, else find it out and keep it.
 
     key: anything that JSON can hold. The engine in use is always part of it.
     """
-    kept = recalled(kind, key)
-    if kept is not None:
-        return kept
-    found = find()
-    with suppress(OSError):  # a cache that cannot be written costs time, no more
-        _write(_file(kind, key), found)
-    return found
+    kept = recall(kind, key)
+    return keep(kind, key, find()) if kept is None else kept
 
 
-def recalled(kind: str, key: object) -> dict[str, Any] | None:
+def recall(kind: str, key: object) -> dict[str, Any] | None:
     """Give what was found out about `key` before; None where that is nothing."""
     try:
         found = json.loads(_file(kind, key).read_text(encoding="utf-8"))
@@ -99,11 +94,11 @@ def recalled(kind: str, key: object) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def forget(kind: str) -> None:
-    """Drop all that is remembered of a kind."""
-    for file in folder().glob(f"{kind}-*.json"):
-        with suppress(OSError):
-            file.unlink()
+def keep(kind: str, key: object, found: dict[str, Any]) -> dict[str, Any]:
+    """Keep what was found out about `key` in the cache folder, in place of what was there; gives it back."""
+    with suppress(OSError):  # a cache that cannot be written costs time, no more
+        _write(_file(kind, key), found)
+    return found
 
 
 def folder() -> Path:

@@ -113,7 +113,7 @@ def plan(
     workers = tuple(worker for worker in (rpc or "").split(",") if worker)
     wish = Wish(n_ctx=ctx, purpose=purpose, kv_type=kv, n_parallel=parallel, rpc=workers, lockable=lockable())
     with _file(model, quant, imatrix, recipe) as file:
-        machine = with_cards(probe(ram=ram, threads=threads, rpc=workers), vram or ())
+        machine = with_cards(probe(ram=ram, threads=threads, rpc=workers, fresh=tune), vram or ())
         _print(_plan(file, machine, wish, tune=tune), model, as_json=as_json)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 # The output matrix is read once for all layers of a model. In front of two it would be most of what is measured.
 N_VOCAB: Final = 1024
 N_LAYER: Final = 2
+PREFIX: Final = "sample-"
+LEFT_SECONDS: Final = 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -117,8 +121,16 @@ def sample(model: Path, folder: Path) -> Iterator[Path]:
     """Give a sample in `folder` for the length of a `with` block."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        made = tempfile.TemporaryDirectory(prefix="sample-", dir=folder)
+        _sweep(folder)
+        made = tempfile.TemporaryDirectory(prefix=PREFIX, dir=folder)
     except OSError as exc:
         raise OutputError(f"{folder}: cannot write there", got=exc.strerror or exc) from exc
     with made as inside:
         yield write(model, Path(inside) / "sample.gguf")
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a process left that was killed: gigabytes. A day later it is nobody's."""
+    for left in folder.glob(f"{PREFIX}*"):
+        if time.time() - left.stat().st_mtime > LEFT_SECONDS:
+            shutil.rmtree(left, ignore_errors=True)

@@ -17,7 +17,8 @@ from typing import Any, Final
 
 from hymoe import console
 from hymoe.errors import EngineError, PlacementError
-from hymoe.runtime import bandwidth, layout, measuring
+from hymoe.runtime import bandwidth, layout, measuring, process
+from hymoe.runtime.header import parts
 from hymoe.runtime.machine import Machine
 from hymoe.runtime.sample import n_bytes, sample
 
@@ -52,27 +53,36 @@ Bench = Callable[[Options], list[Row]]
 
 
 def tune(model: Path, machine: Machine) -> Tuned:
-    """Measure, unless that was done before for this processor and a model of these types and shapes.
+    """Measure, and remember it for this processor and models of these types and shapes.
 
-    Raises PlacementError where the sample does not fit into RAM, OutputError where there is no room for it on the
-    disk, ModelFileError for what is no model, EngineError where the engine fails.
+    Raises PlacementError where there are no weights or the sample does not fit into RAM, OutputError where there is no
+    room for it on the disk, ModelFileError for what is no model, EngineError where the engine fails.
     """
     about = layout.read(model)
+    _require(model, about, machine)
+    with (
+        process.signals_as_exceptions(),  # a sample is gigabytes: it goes however we end
+        sample(model, measuring.folder()) as file,
+        console.progress("tuning", _n_rows(machine), unit="%") as tick,
+    ):
+        found = _search(lambda options: _rows(file, machine, options, tick), machine)
+    measuring.keep("tuned", _key(about, machine), asdict(found))
+    return found
+
+
+def _require(model: Path, about: layout.Layout, machine: Machine) -> None:
+    stored = sum(part.stat().st_blocks * 512 for part in parts(model))
+    if 2 * stored < about.n_bytes:  # a hole: its router would choose the same experts for every token
+        raise PlacementError(f"{model}: tuning needs the weights", fix="convert the checkpoint first")
     size = n_bytes(about)
     if 2 * size > machine.ram_usable:  # the file's pages, and the weights repacked
         have, want = (f"{n / 1e9:.1f} GB" for n in (machine.ram_usable, 2 * size))
         raise PlacementError("tuning loads two layers, which do not fit into RAM", got=have, expected=want)
 
-    def find() -> dict[str, Any]:
-        with sample(model, measuring.folder()) as file, console.progress("tuning", _n_rows(machine), unit="%") as tick:
-            return asdict(_search(lambda options: _rows(file, machine, options, tick), machine))
-
-    return Tuned(**measuring.remembered("tuned", _key(about, machine), find))
-
 
 def known(model: Path, machine: Machine) -> Tuned | None:
     """Give what `tune` found before; None where it was not asked."""
-    found = measuring.recalled("tuned", _key(layout.read(model), machine))
+    found = measuring.recall("tuned", _key(layout.read(model), machine))
     return None if found is None else Tuned(**found)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -23,6 +24,8 @@ from hymoe.runtime import layout, sample, tune
 from hymoe.runtime.machine import Machine
 
 MACHINE = Machine(devices=(), ram_total=8 << 30, ram_usable=4 << 30, n_core=2, n_fast_core=2, bandwidth=1e10)
+# two threads that wait for each other take minutes where others use the processor too
+LONE = replace(MACHINE, n_core=1, n_fast_core=1)
 
 
 @pytest.fixture
@@ -79,46 +82,59 @@ def test_candidates() -> None:
 def test_what_is_found_is_remembered(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYMOE_ENGINE", str(engine.find().bin))
     monkeypatch.setenv("HYMOE_CACHE", str(tmp_path / "cache"))
-    # a processor that others use makes minutes of thousands of tokens
     for name, size in {"UBATCHES": (64, 128), "N_PROMPT": 64, "N_ANSWER": 4, "N_DEPTH": 64}.items():
         monkeypatch.setattr(tune, name, size)
-    assert tune.known(model, MACHINE) is None
-    found = tune.tune(model, MACHINE)
-    assert {found.threads, found.threads_batch} <= set(tune.candidates(MACHINE))
+    assert tune.known(model, LONE) is None
+    found = tune.tune(model, LONE)
+    assert {found.threads, found.threads_batch} <= set(tune.candidates(LONE))
     assert found.ubatch in tune.UBATCHES
     kept = list((tmp_path / "cache" / "measured").iterdir())
     assert [file.suffix for file in kept] == [".json"], "the sample is gone"
-    assert tune.known(model, MACHINE) == found
-    before = kept[0].stat().st_mtime_ns
-    assert tune.tune(model, MACHINE) == found
-    assert kept[0].stat().st_mtime_ns == before
-    # more layers of the same kind are the same kind of model; other widths are not
-    assert tune.known(model, replace(MACHINE, n_core=3)) is None
+    assert tune.known(model, LONE) == found
+    # another file of the same kind is the same to it, another processor is not
+    assert tune.known(write_model(tmp_path / "other.gguf", words=2000), LONE) == found
+    assert tune.known(model, replace(LONE, n_core=3)) is None
 
 
 @pytest.mark.engine
-def test_ctrl_c_leaves_nothing(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_leaves_nothing(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
     monkeypatch.setenv("HYMOE_ENGINE", str(engine.find().bin))
     monkeypatch.setenv("HYMOE_CACHE", str(tmp_path / "cache"))
     script = (
         "import sys; from pathlib import Path; from hymoe.runtime import machine, tune\n"
-        f"tune.tune(Path(sys.argv[1]), machine.Machine.from_json({MACHINE.to_json()!r}))"
+        f"tune.tune(Path(sys.argv[1]), machine.Machine.from_json({LONE.to_json()!r}))"
     )
     with subprocess.Popen([sys.executable, "-c", script, model], stderr=subprocess.PIPE) as child:
         measured = tmp_path / "cache" / "measured"
         deadline = time.monotonic() + 120
         while not list(measured.glob("sample-*/sample.gguf")) and time.monotonic() < deadline:
             time.sleep(0.02)
-        child.send_signal(signal.SIGINT)
+        child.send_signal(number)
         child.communicate(timeout=120)
-    assert child.returncode == -signal.SIGINT
+    assert child.returncode == (-number if number == signal.SIGINT else 128 + number)
     assert list(measured.iterdir()) == []
+
+
+def test_what_a_killed_process_left_goes_a_day_later(model: Path, tmp_path: Path) -> None:
+    for name, age in (("sample-old", 2 * sample.LEFT_SECONDS), ("sample-new", 0)):
+        (tmp_path / "cache" / name).mkdir(parents=True)
+        (tmp_path / "cache" / name / "sample.gguf").write_bytes(b"weights")
+        then = time.time() - age
+        os.utime(tmp_path / "cache" / name, (then, then))
+    with sample.sample(model, tmp_path / "cache"):
+        assert not (tmp_path / "cache" / "sample-old").exists()
+        assert (tmp_path / "cache" / "sample-new").exists()
 
 
 def test_what_cannot_be_tuned(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYMOE_CACHE", str(tmp_path / "cache"))
     with pytest.raises(PlacementError, match="do not fit into RAM"):
         tune.tune(model, replace(MACHINE, ram_usable=1000))
+    with pytest.raises(PlacementError, match="needs the weights"):
+        tune.tune(paper.write(tmp_path / "paper.gguf", replace(paper.A13B, n_layer=2)), MACHINE)
     with pytest.raises(ModelFileError, match="no such file"):
         tune.tune(tmp_path / "absent.gguf", MACHINE)
     (tmp_path / "cache").write_text("in the way")
