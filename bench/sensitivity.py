@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from common import ROOT, WORK
@@ -32,7 +33,7 @@ def main() -> None:
         errors, costs, _ = evidence(RecipeOptions(options.model, options.imatrix, measured=True), weights, imatrix)
         n_layer = weights.hparams["block_count"]
     origin = f"{options.origin}: {n_layer} layers, bench/sensitivity.py; imatrix sha256 {imatrix.sha256[:16]}"
-    parts = {"sensitivity": summarized(costs, n_layer), "error": mean_errors(errors)}
+    parts: dict[str, Mapping[str, object]] = {"sensitivity": summarized(costs, n_layer), "error": mean_errors(errors)}
     lines = [f'"origin": {json.dumps(origin)}']
     for name, by_kind in parts.items():
         rows = ",\n  ".join(f"{json.dumps(kind)}: {json.dumps(row)}" for kind, row in by_kind.items())
