@@ -39,7 +39,9 @@ def main() -> int:
     work: Path = options.work
     work.mkdir(parents=True, exist_ok=True)
     reference, imatrix = work / "BF16.gguf", work / "imatrix.gguf"
-    run(BIN / "hy-convert", options.model, reference, "--quant", "BF16", "--overwrite")
+    # A new file is another model to the measurements that are kept.
+    if not reference.exists():
+        run(BIN / "hy-convert", options.model, reference, "--quant", "BF16")
     if options.imatrix:
         imatrix = options.imatrix
     elif not imatrix.exists():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from common import ROOT, WORK
@@ -32,11 +33,11 @@ def main() -> None:
         errors, costs, _ = evidence(RecipeOptions(options.model, options.imatrix, measured=True), weights, imatrix)
         n_layer = weights.hparams["block_count"]
     origin = f"{options.origin}: {n_layer} layers, bench/sensitivity.py; imatrix sha256 {imatrix.sha256[:16]}"
-    table = {"origin": origin, "sensitivity": summarized(costs, n_layer), "error": mean_errors(errors)}
+    parts: dict[str, Mapping[str, object]] = {"sensitivity": summarized(costs, n_layer), "error": mean_errors(errors)}
     lines = [f'"origin": {json.dumps(origin)}']
-    for part in ("sensitivity", "error"):
-        rows = ",\n  ".join(f"{json.dumps(kind)}: {json.dumps(row)}" for kind, row in table[part].items())
-        lines.append(f'"{part}": {{\n  {rows}\n}}')
+    for name, by_kind in parts.items():
+        rows = ",\n  ".join(f"{json.dumps(kind)}: {json.dumps(row)}" for kind, row in by_kind.items())
+        lines.append(f'"{name}": {{\n  {rows}\n}}')
     OUT.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 

@@ -28,6 +28,9 @@ FLOATS: Final = ("F32", "F16", "BF16")
 # errors by the size of the weights, with it by what they cost. The converter does the same with a recipe.
 WITHOUT_DATA: Final = ("token_embd.weight", "output.weight")
 
+# Without importance llama-quantize and the converter refuse these.
+NEED_IMPORTANCE: Final = ("IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
+
 Errors = dict[str, dict[str, float]]
 """Relative squared error of the output by tensor and type."""
 
@@ -128,11 +131,8 @@ def sampled(name: str, tensor: Tensor) -> list[tuple[int, range]]:
 
 
 def is_possible(qtype: GGMLQuantizationType, n_per_row: int, has_importance: bool) -> bool:
-    """Whether rows of this width can have the type, as far as importance is there where ggml needs it."""
-    from hymoe.engine.bindings import requires_importance
-
-    fits = n_per_row % GGML_QUANT_SIZES[qtype][0] == 0
-    return fits and (has_importance or not requires_importance(qtype))
+    """Whether rows of this width can have the type, and importance is there where it is needed."""
+    return n_per_row % GGML_QUANT_SIZES[qtype][0] == 0 and (has_importance or qtype.name not in NEED_IMPORTANCE)
 
 
 def requantized(values: Floats, qtype: GGMLQuantizationType, importance: Floats | None) -> Floats:

@@ -46,11 +46,20 @@ def recipe(
     ] = None,
     speed_table: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="JSON object: weights per second that this CPU computes, by type."),
+        typer.Option(
+            metavar="FILE",
+            help="With --fit: weights per second that the processor computes for experts in RAM (JSON, by type).",
+            show_default="measured here",
+        ),
     ] = None,
+    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="With --fit: whether speed counts.")] = True,
     min_speed: Annotated[
         float | None,
-        typer.Option(min=0.01, help="Tokens per second that the experts in RAM must allow, with --speed-table."),
+        typer.Option(
+            min=0.01,
+            help="With --fit: tokens per second that the experts in RAM must allow. By default the least loss × time "
+            "is chosen: twice the time must at least halve the loss.",
+        ),
     ] = None,
     measure: Annotated[
         bool | None,
@@ -93,7 +102,7 @@ def recipe(
         text=tuple(text or ()),
         measured=measure,
         n_threads=threads or n_processors(),
-        weights_per_second=_speeds(speed_table) if speed_table else {},
+        weights_per_second=(_speeds(speed_table) if speed_table else None) if speed else {},
         min_speed=min_speed,
     )
     found = recommend(options)

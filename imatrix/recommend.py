@@ -37,6 +37,8 @@ CHECKPOINTS: Final = "hymoe.convert.rows"
 MEASURED_BYTES: Final = 2 << 30
 MEASURED_TOKENS: Final = 1536
 N_CTX: Final = 512
+# Prices of time to try, in units of the loss per second of the best choice without one.
+PRICES: Final = (0.1, 0.25, 0.5, 1.0, 2.0)
 AROUND: Final = (0.8, 0.9, 1.0, 1.1, 1.25)
 # File types by bits per weight, for the label that hy-convert wants.
 LABELS: Final = ((7.5, "Q8_0"), (6.1, "Q6_K"), (5.3, "Q5_K_M"), (4.4, "Q4_K_M"), (3.4, "Q3_K_M"), (0, "Q2_K"))
@@ -48,7 +50,7 @@ class RecipeOptions:
     """What to make a recipe for: exactly one of size (bytes of the file), bits per weight, and fit (card, RAM bytes).
 
     measured: run the model for sensitivities (None: where it is small enough). weights_per_second: by type, what the
-    CPU computes per second, with min_speed (tokens per second) of the experts in RAM.
+    CPU computes for experts in RAM (None: measured here; empty: does not count); min_speed: tokens per second of them.
     """
 
     model: Path
@@ -62,7 +64,7 @@ class RecipeOptions:
     text: tuple[Path, ...] = ()
     measured: bool | None = None
     n_threads: int = 1
-    weights_per_second: Mapping[str, float] = field(default_factory=dict)
+    weights_per_second: Mapping[str, float] | None = field(default_factory=dict)
     min_speed: float | None = None
 
 
@@ -162,7 +164,10 @@ def open_weights(model: Path) -> Iterator[Weights]:
 def evidence(
     options: RecipeOptions, weights: Weights, imatrix: Imatrix | None
 ) -> tuple[distortion.Errors, sensitivity.Sensitivities, bool]:
-    """Give errors and sensitivities by tensor, from the cache where they were measured before; and whether they were."""
+    """Give errors and sensitivities by tensor, from the cache where they were measured before.
+
+    And whether the sensitivities are measured, and not the table's.
+    """
     names = matrices(weights)
     n_layer = weights.hparams["block_count"]
     measured = _is_measured(options, weights)
@@ -245,23 +250,28 @@ def _problem(
     options: RecipeOptions, weights: Weights, errors: distortion.Errors, costs: sensitivity.Sensitivities
 ) -> _Problem:
     names = matrices(weights)
-    items = tuple(_item(options, weights, name, errors[name], costs[name]) for name in names)
+    about = (options, weights, _speeds(options, weights))
+    items = tuple(_item(about, name, errors[name], costs[name]) for name in names)
     free = set(names)
     fixed = sum(padded(tensor_bytes(*tensor)) for name, tensor in weights.tensors.items() if name not in free)
     return _Problem(options, weights, items, fixed)
 
 
-def _item(options: RecipeOptions, weights: Weights, name: str, errors: Mapping[str, float], cost: float) -> Item:
+def _item(
+    about: tuple[RecipeOptions, Weights, Mapping[str, float]], name: str, errors: Mapping[str, float], cost: float
+) -> Item:
+    options, weights, speeds = about
     tensor, layer = weights.tensors[name], layer_of_experts(name)
     share = 1.0
     if layer is not None:
         share = weights.hparams["expert_used_count"] / weights.hparams["expert_count"]
     found = []
     for type_name, error in errors.items():
-        if type_name not in options.menu:
+        # Of a type that the speed table lacks nobody knows what it would cost in RAM.
+        if type_name not in options.menu or (layer is not None and speeds and type_name not in speeds):
             continue
         qtype = GGMLQuantizationType[type_name]
-        speed = options.weights_per_second.get(type_name, inf)
+        speed = speeds.get(type_name, inf)
         seconds = share * tensor.n_weights / speed if layer is not None else 0.0
         found.append(Option(qtype, padded(tensor_bytes(tensor.shape, qtype)), cost * error, seconds))
     if not found:
@@ -270,6 +280,20 @@ def _item(options: RecipeOptions, weights: Weights, name: str, errors: Mapping[s
             fix="add Q8_0 to --menu",
         )  # fmt: skip
     return Item(name, _undominated(found), layer)
+
+
+def _speeds(options: RecipeOptions, weights: Weights) -> Mapping[str, float]:
+    """Give weights per second by type for experts in RAM; measured once per processor."""
+    if options.fit is None or options.weights_per_second is not None:
+        return options.weights_per_second or {}
+    from hymoe.engine import type_speed
+    from hymoe.engine.installed import host
+
+    stacks = (tensor.shape for name, tensor in weights.tensors.items() if layer_of_experts(name) is not None)
+    _, n_ff, n_embd = next(stacks)
+    state = _State(["speed", STATE_VERSION, host(), options.n_threads, n_ff, n_embd])
+    found: dict[str, float] = state.get(lambda: type_speed.measure(MENU, n_embd, n_ff, options.n_threads))
+    return found
 
 
 def _undominated(options: Sequence[Option]) -> tuple[Option, ...]:
@@ -317,15 +341,22 @@ def _within(problem: _Problem, n_bytes: int) -> Choice:
 
 
 def _fitting(problem: _Problem, budget: Budget) -> Choice | None:
-    """Choose for two memories; with a wanted speed, the least loss that has it."""
+    """Choose for two memories: the least loss × time of the experts in RAM; with a wanted speed the least loss.
+
+    The product is the same bargain at every size: twice the time must at least halve the loss.
+    """
     card, ram = budget.card - problem.fixed, budget.ram - _embedding(problem)
     if card <= 0 or ram <= 0:
         return None
     choice = solve_two(problem.items, card, ram)
-    wanted = problem.options.min_speed
-    if choice is None or wanted is None or _seconds(problem, choice) <= 1 / wanted:
+    seconds = _seconds(problem, choice) if choice else 0.0
+    if choice is None or not seconds:
         return choice
-    return _faster(problem, card, ram, 1 / wanted)
+    if wanted := problem.options.min_speed:
+        return choice if seconds <= 1 / wanted else _faster(problem, card, ram, 1 / wanted)
+    rate = choice.loss / seconds
+    dearer = (solve_two(problem.items, card, ram, price=rate * factor) for factor in PRICES)
+    return min([choice, *filter(None, dearer)], key=lambda each: each.loss * _seconds(problem, each))
 
 
 def _faster(problem: _Problem, card: int, ram: int, seconds: float) -> Choice:
@@ -396,8 +427,6 @@ def _seconds(problem: _Problem, choice: Choice) -> float:
 
 
 def _speed(problem: _Problem, choice: Choice) -> float | None:
-    if not problem.options.weights_per_second or problem.options.fit is None:
-        return None
     seconds = _seconds(problem, choice)
     return 1 / seconds if seconds else None
 

@@ -86,7 +86,7 @@ def test_budgets_of_real_size_are_kept_and_nearly_used_up() -> None:
     bits = (8.5, 6.56, 4.5, 3.44, 2.63)
     items = []
     for number in range(100):
-        size = int(random.integers(1e6, 4e8))
+        size = int(random.integers(1_000_000, 400_000_000))
         options = (Option(t, int(size * b / 8), 4.0**-b * random.random()) for t, b in zip(TYPES, bits, strict=True))
         items.append(Item(f"t{number}", tuple(options)))
     for factor in (1.05, 1.5, 2.5):

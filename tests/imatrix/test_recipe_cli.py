@@ -13,6 +13,7 @@ from tiny_recipe_model import write_imatrix
 
 from hymoe.convert.cli import main as convert
 from hymoe.imatrix.cli import main
+from hymoe.imatrix.recommend import MENU
 from hymoe.imatrix.weights import GgufWeights
 
 pytestmark = pytest.mark.engine
@@ -168,6 +169,7 @@ def test_weights_that_are_no_numbers(gguf: Path, tmp_path: Path, capfd: pytest.C
     assert said.count("\n") == 1
 
 
+@pytest.mark.data
 def test_speed_in_ram_counts(data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Types that this processor computes slowly are left where a speed is asked for, at some loss."""
     speeds = dict.fromkeys(("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K"), 20000000000.0)
@@ -176,7 +178,7 @@ def test_speed_in_ram_counts(data: Path, tmp_path: Path, capfd: pytest.CaptureFi
     table.write_text(json.dumps(speeds))
     common = (data / "a13b", "--fit", "24G+32G", "--speed-table", table, "--menu", ",".join(speeds))
     found = []
-    for wish in ((), ("--min-speed", 1.9)):
+    for wish in (("--min-speed", 0.01), ("--min-speed", 1.9)):
         assert run(*common, *wish) == 0
         text = capfd.readouterr().out
         speed, loss = re.search(r"give ([\d.]+) tokens", text), re.search(r"loss: ([\d.e-]+) nats", text)
@@ -189,7 +191,20 @@ def test_speed_in_ram_counts(data: Path, tmp_path: Path, capfd: pytest.CaptureFi
     assert few < many
 
 
-test_speed_in_ram_counts = pytest.mark.data(test_speed_in_ram_counts)
+@pytest.mark.data
+def test_speed_is_measured_where_nobody_says(
+    data: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once per processor, in the shape of the model's experts."""
+    monkeypatch.setattr("hymoe.engine.type_speed.SECONDS", 0.01)
+    common = (data / "a13b", "--fit", "24G+64G", "--menu", "Q8_0,Q4_K,Q2_K")
+    assert run(*common, "-o", tmp_path / "a") == 0
+    assert "The experts in RAM alone would give" in (tmp_path / "a").read_text()
+    (kept,) = cache.iterdir()
+    speeds = json.loads(kept.read_text())
+    assert set(speeds) == set(MENU)
+    assert all(1e6 < speed < 1e13 for speed in speeds.values())
+
 
 FITS = ("24G+32G", "24G+64G", "24G+96G", "16G+64G", "12G+48G")
 
@@ -202,13 +217,13 @@ def test_recipes_for_the_real_config_fit_the_machine(
 ) -> None:
     """What is chosen is placed by hy-plan's own arithmetic; where nothing fits, what is said to fit does."""
     recipe = tmp_path / "recipe"
-    status = run(data / "a13b", "--fit", fit, "--ctx", ctx, "-o", recipe)
+    status = run(data / "a13b", "--fit", fit, "--ctx", ctx, "-o", recipe, "--no-speed")
     if status:
         said = capfd.readouterr().err
         found = re.search(r"expected --fit (\d+G\+\d+G)", said)
         assert found, said
         fit = found[1]
-        assert run(data / "a13b", "--fit", fit, "--ctx", ctx, "-o", recipe) == 0
+        assert run(data / "a13b", "--fit", fit, "--ctx", ctx, "-o", recipe, "--no-speed") == 0
     require_place(data / "a13b", recipe, fit, ctx)
 
 
