@@ -37,7 +37,7 @@ pytestmark = pytest.mark.engine
 
 # F32 weights and F32 KV: what is left is the rounding of float32 sums, 3e-12 here.
 F32_BOUND = 1e-9
-# Flash attention rounds K and V to F16: 6e-7 here at most where no choice turns over.
+# Flash attention rounds K and V to F16: 4e-6 here at most where no choice turns over.
 FLASH_BOUND = 1e-5
 # One choice turned over costs this much, as a mean over a prompt: 3e-3 here at most.
 FLIPPED_BOUND = 1e-2
@@ -49,14 +49,14 @@ MODES: list[tuple[Shape, Gating]] = [
 CASES = [Case(shape, n, gating) for n in (8, 64, 200, 1000) for shape, gating in MODES]
 # Of a random model, clear for float32, but the rounding to F16 turns a choice of experts over. Each has a choice
 # closer than FLASH_MARGIN, as nearly every prompt of this length has.
-FLIPPED = [
+FLIPPED = {
     Case(WIDE, 200, Adaptive(1, 0.5)),
     Case(WIDE, 200, Adaptive(2, 0.1)),
     Case(WIDE, 1000, "capacity"),
     Case(WIDE, 1000, Adaptive(1, 0.5)),
     Case(WIDE, 1000, Adaptive(2, 0.1)),
     Case(NARROW, 1000, Adaptive(2, 0.1)),
-]
+}
 
 
 def tiers(cases: Sequence[Case]) -> list[Any]:
@@ -92,13 +92,15 @@ def test_modes_with_flash_attention(clear_made: Models, case: Case) -> None:
     assert reference.kl(truth.logits, got) <= FLASH_BOUND
 
 
-@pytest.mark.parametrize("case", tiers(FLIPPED))
-def test_flash_attention_turns_close_choices_over(made: Models, case: Case) -> None:
+@pytest.mark.long
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_random_routers_with_flash_attention(made: Models, case: Case) -> None:
+    """What close choices cost, where the rounding turns one over."""
     checkpoint, gguf = made[case.shape]
     truth = clear(checkpoint, case)
     (got,) = evaluate(gguf, [truth.ids], n_ubatch=case.n_tokens, overrides=overrides(case.gating), flash_attn=True)
-    assert reference.kl(truth.logits, got) <= FLIPPED_BOUND
-    if case.gating != "capacity":  # there a choice has a part in what other tokens get, earlier ones too
+    assert reference.kl(truth.logits, got) <= (FLIPPED_BOUND if case in FLIPPED else FLASH_BOUND)
+    if case in FLIPPED and case.gating != "capacity":  # there a choice has a part in what earlier tokens get
         n_sure = int(np.argmax(close_tokens(truth.probabilities, case, FLASH_MARGIN)))
         assert n_sure > 8
         assert reference.kl(truth.logits[:n_sure], got[:n_sure]) <= FLASH_BOUND
