@@ -32,7 +32,7 @@ from statistics import median
 from typing import Any
 
 from common import WORK, say
-from model import Shape, layers_that_fit, write
+from sized_model import Shape, layers_that_fit, write
 
 USE = (4096, 500)  # tokens of a prompt and its answer
 LOAD_SECONDS = 1800

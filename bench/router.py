@@ -26,7 +26,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from model import Shape, layers_that_fit, write
+from sized_model import Shape, layers_that_fit, write
 
 ROOT = Path(__file__).resolve().parents[1]
 N_EXPERT, N_USED, N_VOCAB = Shape(1).n_expert, Shape(1).n_expert_used, Shape(1).n_vocab

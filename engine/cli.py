@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -67,6 +68,46 @@ def path(stock: Stock = False) -> None:
     from hymoe.engine import find
 
     console.result(str(find(stock=stock).bin))
+
+
+@app.command()
+def export(
+    file: Annotated[Path, typer.Argument(metavar="FILE.tar.gz", help="The archive to write; it is replaced.")],
+    quiet: Quiet = False,
+) -> None:
+    """Write the changed source, with a script that builds it, for a machine without a network.
+
+    There: `sh build.sh cpu|cuda|vulkan|metal DIR`, and HYMOE_ENGINE=DIR.
+    """
+    from hymoe.engine import export
+
+    console.set_verbosity(quiet=quiet)
+    export.say(file, export.export(file))
+
+
+@app.command()
+def rpc(
+    host: Annotated[str, typer.Option(help="IPv4 address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 50052,
+    device: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Offer this device; may be repeated.", show_default="all GPUs"),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of the processor as a device.", show_default="half of the cores")
+    ] = None,
+    cache: Annotated[bool, typer.Option("--cache", help="Keep what is sent on disk, for the next time.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Offer this machine's devices to `hy-serve --rpc` on another one.
+
+    There is no key and no encryption, and whoever reaches the port can take over the process: a private network or a
+    tunnel only. Both machines need the same engine.
+    """
+    from hymoe.engine.rpc import WorkerOptions, serve
+
+    console.set_verbosity(quiet=quiet)
+    serve(WorkerOptions(host=host, port=port, devices=tuple(device or ()), threads=threads, cache=cache))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

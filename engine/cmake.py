@@ -55,6 +55,8 @@ _BACKEND: Final = {
     "cpu": {"GGML_CUDA": "OFF", "GGML_VULKAN": "OFF"},
     "cuda": {"GGML_CUDA": "ON", "GGML_CUDA_FA_ALL_QUANTS": "ON"},
     "vulkan": {"GGML_VULKAN": "ON"},
+    # Only in exported sources: never tried here.
+    "metal": {"GGML_METAL": "ON", "GGML_METAL_EMBED_LIBRARY": "ON"},
 }
 
 _STEP = re.compile(r"^\[(\d+)/(\d+)\] ")
@@ -68,6 +70,16 @@ class CompileError(EngineError):
         super().__init__("the engine could not be built", got=reason, fix=f"the full log is {log}")
         self.reason = reason
         self.details = details
+
+
+def common_flags() -> dict[str, str]:
+    """Give the variables that every build sets."""
+    return dict(_COMMON)
+
+
+def backend_flags(backend: str) -> dict[str, str]:
+    """Give the variables that a backend sets besides."""
+    return dict(_BACKEND[backend])
 
 
 def flags(backend: str) -> list[str]:

@@ -19,7 +19,7 @@ SDIST_VARIABLE: Final = "HYMOE_SDIST"
 
 # The rest of the tree (vocabularies, documentation, tests, converters) is three quarters of its size.
 NEEDED: Final = frozenset(
-    {"CMakeLists.txt", "LICENSE", "cmake", "common", "ggml", "include", "scripts", "src", "tools", "vendor"}
+    {"CMakeLists.txt", "LICENSE", "cmake", "common", "ggml", "include", "licenses", "scripts", "src", "tools", "vendor"}
 )
 
 

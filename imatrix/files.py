@@ -7,9 +7,10 @@ tokens were counted. A stack of experts [n_expert, n_out, n_per_row] has a slice
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, Final, NamedTuple
 
@@ -17,16 +18,21 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from numpy.typing import NDArray
 
-from hymoe.errors import ModelFileError
+from hymoe.errors import ModelFileError, OutputError
 
 Floats = NDArray[np.float32]
 Counts = NDArray[np.int64]
+Note = str | int | Sequence[str]
 
 SUMS: Final = ".in_sum2"
 COUNTS: Final = ".counts"
 DATASETS: Final = "imatrix.datasets"
 CHUNK_COUNT: Final = "imatrix.chunk_count"
 CHUNK_SIZE: Final = "imatrix.chunk_size"
+NOTES: Final = "hymoe."
+# A `.dat` does not tell how many tokens a chunk has; llama-imatrix takes its own default, too.
+LEGACY_CHUNK_SIZE: Final = 512
+LEGACY_SUFFIX: Final = ".dat"
 
 # What a legacy file may claim before it is taken for something else: the format has no magic number.
 MAX_ENTRIES: Final = 1 << 20
@@ -45,7 +51,7 @@ class Imatrix:
     """An importance matrix: entries by tensor name, and what they were collected from.
 
     n_chunks of chunk_size tokens of the texts `datasets`; legacy: from a `.dat`, whose sums are means already, times
-    the one count. name and sha256 are those of the file.
+    the one count. name and sha256 are those of the file. notes: metadata of ours, by keys that begin with "hymoe.".
     """
 
     name: str
@@ -55,6 +61,7 @@ class Imatrix:
     chunk_size: int = 0
     legacy: bool = False
     sha256: str = ""
+    notes: Mapping[str, Note] = field(default_factory=dict)
 
     def importance(self, tensor: str) -> Floats:
         """Mean squared activation per column [n_slice * n_per_row], as llama-quantize takes it from the file.
@@ -93,6 +100,23 @@ def read(path: Path) -> Imatrix:
     return imatrix
 
 
+def save(path: Path, imatrix: Imatrix) -> None:
+    """Write the form that the path's suffix names: `.dat` the legacy one, else GGUF.
+
+    Raises OutputError where it cannot be written; what was there stays until the new file is whole.
+    """
+    part = path.with_name(path.name + ".new")
+    try:
+        if path.suffix == LEGACY_SUFFIX:
+            write_legacy(part, imatrix)
+        else:
+            write(part, modern(imatrix))
+        part.replace(path)
+    except OSError as exc:
+        part.unlink(missing_ok=True)
+        raise OutputError(f"{path}: cannot be written", got=exc.strerror or exc) from exc
+
+
 def write(path: Path, imatrix: Imatrix) -> None:
     """Write the GGUF form, as llama-imatrix does. Raises ValueError for a legacy one, which has no sums to write."""
     if imatrix.legacy:
@@ -102,6 +126,13 @@ def write(path: Path, imatrix: Imatrix) -> None:
     writer.add_array(DATASETS, list(imatrix.datasets) or ["unknown"])
     writer.add_uint32(CHUNK_COUNT, imatrix.n_chunks)
     writer.add_uint32(CHUNK_SIZE, imatrix.chunk_size)
+    for key, value in imatrix.notes.items():
+        if isinstance(value, str):
+            writer.add_string(key, value)
+        elif isinstance(value, int):
+            writer.add_uint64(key, value)
+        elif value:
+            writer.add_array(key, list(value))
     for name, (sums, counts) in imatrix.entries.items():
         writer.add_tensor(name + SUMS, sums.reshape(len(counts), -1))
         writer.add_tensor(name + COUNTS, counts.astype(np.float32).reshape(-1, 1))
@@ -111,12 +142,53 @@ def write(path: Path, imatrix: Imatrix) -> None:
     writer.close()
 
 
+def modern(imatrix: Imatrix) -> Imatrix:
+    """Give a legacy matrix sums and counts, as llama-imatrix does when it reads one: the same importance.
+
+    A chunk of a power of two makes that exact, there and back. All slices of a stack share the one count.
+    """
+    if not imatrix.legacy:
+        return imatrix
+    entries = {
+        # Without a count the values are the means themselves.
+        name: Entry(sums * np.float32(LEGACY_CHUNK_SIZE), np.maximum(counts, 1) * LEGACY_CHUNK_SIZE)
+        for name, (sums, counts) in imatrix.entries.items()
+    }
+    return replace(imatrix, entries=entries, chunk_size=LEGACY_CHUNK_SIZE, legacy=False)
+
+
+def write_legacy(path: Path, imatrix: Imatrix) -> None:
+    """Write the `.dat` form, as llama-imatrix does: mean times chunks, one count, and ones where nothing was counted.
+
+    Entries without any data are left out. What a `.dat` cannot hold is lost: counts of single experts, and our notes.
+    """
+    matrix = modern(imatrix)
+    kept = {name: entry for name, entry in matrix.entries.items() if entry.counts.any()}
+    with path.open("wb") as file:
+        file.write(struct.pack("<i", len(kept)))
+        for name, (sums, counts) in kept.items():
+            n_call = -(-int(counts.max()) // max(matrix.chunk_size, 1))
+            # The quotient first: it is a power of two where the values came from a .dat, and they are the same again.
+            scales = n_call / np.maximum(counts, 1).astype(np.float64)
+            slices = sums.reshape(len(counts), -1)
+            values = np.where((counts > 0)[:, None], slices * scales[:, None], n_call)
+            text = name.encode()
+            file.write(struct.pack(f"<i{len(text)}sii", len(text), text, n_call, values.size))
+            file.write(values.astype("<f4").tobytes())
+        dataset = matrix.datasets[-1].encode() if matrix.datasets else b""
+        file.write(struct.pack(f"<ii{len(dataset)}s", matrix.n_chunks, len(dataset), dataset))
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def _read_gguf(path: Path, digest: str) -> Imatrix:
     try:
         with np.errstate(all="ignore"):
             reader = GGUFReader(path)
             keys = {name: reader.fields[name].contents() for name in (DATASETS, CHUNK_COUNT, CHUNK_SIZE)
                     if name in reader.fields}  # fmt: skip
+            notes = {name: found for name, value in reader.fields.items()
+                     if name.startswith(NOTES) and isinstance(found := value.contents(), str | int | list)}  # fmt: skip
     except Exception as exc:  # gguf-py has no error of its own: any exception is what the file did to it
         raise ModelFileError(f"{path}: a damaged GGUF", got=f"{exc}"[:80], fix="download or make it again") from exc
     entries = _pair(path, reader)
@@ -127,7 +199,7 @@ def _read_gguf(path: Path, digest: str) -> Imatrix:
     if not isinstance(n_chunks, int) or not isinstance(chunk_size, int):
         raise _not_one(path, f"{CHUNK_COUNT} {n_chunks!r}, {CHUNK_SIZE} {chunk_size!r}")
     datasets = tuple(map(str, texts)) if isinstance(texts, list) else (str(texts),)
-    return Imatrix(path.name, entries, datasets, n_chunks, chunk_size, sha256=digest)
+    return Imatrix(path.name, entries, datasets, n_chunks, chunk_size, sha256=digest, notes=notes)
 
 
 def _pair(path: Path, reader: GGUFReader) -> dict[str, Entry]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from hymoe.errors import ServerError
@@ -45,7 +47,30 @@ def check_api_key(key: str | None) -> None:
             "API key",
             got="one with other characters",
             expected="printable ASCII without spaces, commas and double quotes",
-            fix="set HYMOE_API_KEY to another",
+            fix="choose another",
+        )
+
+
+def keys_of(file: Path) -> list[str]:
+    """Read a file of keys as the engine does: one a line, # begins a comment. Raises ServerError for none."""
+    try:
+        lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError as exc:
+        raise ServerError(f"--api-key-file {file}: cannot be read", got=exc.strerror or exc) from exc
+    keys = [line for line in lines if line and not line.startswith("#")]
+    if not keys:
+        raise ServerError(f"--api-key-file {file}", got="no key in it", expected="one a line")
+    return keys
+
+
+def check_access(host: str, keys: Collection[str], *, insecure: bool) -> None:
+    """Refuse to serve other machines without a key that they must send. Raises ServerError."""
+    for key in keys:
+        check_api_key(key)
+    if not (keys or insecure or is_loopback(host)):
+        raise ServerError(
+            f"--host {host}: everybody who reaches it could use this server",
+            fix="set HYMOE_API_KEY or give --api-key-file FILE, or --insecure where that is meant",
         )
 
 

@@ -10,14 +10,16 @@ import ctypes
 import errno
 import fcntl
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import BinaryIO, NoReturn, Self
@@ -29,6 +31,7 @@ STOP_SECONDS = 10.0
 TAIL_BYTES = 8192
 WAKE_SECONDS = 0.5
 LOG_BYTES = 4 << 20  # of a log without a name
+LOG_COPY = ".1"  # what a named log's name gets when it starts over
 
 
 class Terminated(SystemExit):
@@ -64,10 +67,10 @@ def _death_signal() -> Callable[[], None]:
     return die_with_parent
 
 
-def stop(process: subprocess.Popen[bytes], seconds: float = STOP_SECONDS) -> int:
+def stop(process: subprocess.Popen[bytes], seconds: float = STOP_SECONDS, how: signal.Signals = signal.SIGTERM) -> int:
     """Ask the child to end, make it end after `seconds` or at a second signal to us, and give its return code."""
     if process.poll() is None:
-        process.terminate()
+        process.send_signal(how)
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -138,15 +141,17 @@ def _raise_terminated(number: int, _frame: FrameType | None) -> NoReturn:
 class Log:
     """What the child writes: a file of the user's choice, or one without a name that leaves nothing behind.
 
-    The latter starts over when `new_lines` has read more than LOG_BYTES of it.
+    The latter starts over when `new_lines` has read more than LOG_BYTES of it; so does a named one beyond `limit`
+    bytes, and what it held is then in a file beside it (`.1`). Raises OutputError where nothing can be written.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, limit: int | None = None) -> None:
+        self._path = path
+        self._limit = LOG_BYTES if path is None else limit
         try:
-            self.file: BinaryIO = path.open("a+b") if path else _unnamed()
+            self.file = _begun(path) if path else _unnamed()
         except OSError as exc:
             raise OutputError(f"{path or 'temporary file'}: cannot write the log", got=exc.strerror or exc) from exc
-        self._starts_over = path is None
         self._begin = self._read = self._size()
         self._rest = self._before = b""
 
@@ -154,11 +159,12 @@ class Log:
         """Give the complete lines written since the last call."""
         chunk = os.pread(self.file.fileno(), max(self._size() - self._read, 0), self._read)
         self._read += len(chunk)
-        if self._starts_over and self._read > LOG_BYTES:
+        if self._limit is not None and self._read > self._limit:
             # What the child writes between the two calls is lost: a few lines in millions.
             self._before = self._end()
+            self._keep_a_copy()
             os.ftruncate(self.file.fileno(), 0)
-            self._read = 0
+            self._begin = self._read = 0
         *lines, self._rest = (self._rest + chunk).split(b"\n")
         return [line.decode("utf-8", "replace") for line in lines]
 
@@ -166,6 +172,11 @@ class Log:
         """Give the last lines that are not blank."""
         text = self._end().decode("utf-8", "replace")
         return [line.rstrip() for line in text.splitlines() if line.strip()][-n_lines:]
+
+    def is_full(self) -> bool:
+        """Whether the disk has no room for more."""
+        disk = os.fstatvfs(self.file.fileno())
+        return disk.f_blocks > 0 and disk.f_bavail == 0
 
     def __enter__(self) -> Self:
         return self
@@ -179,6 +190,11 @@ class Log:
         """Close the file."""
         self.file.close()
 
+    def _keep_a_copy(self) -> None:
+        if self._path is not None:
+            with suppress(OSError):  # a full disk must not end the server
+                shutil.copyfile(self._path, self._path.with_name(self._path.name + LOG_COPY))
+
     def _size(self) -> int:
         return os.fstat(self.file.fileno()).st_size
 
@@ -186,6 +202,15 @@ class Log:
         size = self._size()
         start = max(self._begin, size - TAIL_BYTES)
         return (self._before + os.pread(self.file.fileno(), size - start, start))[-TAIL_BYTES:]
+
+
+def _begun(path: Path) -> BinaryIO:
+    with ExitStack() as undo:
+        file: BinaryIO = undo.enter_context(path.open("a+b"))
+        # It tells runs apart, and a full disk shows at the first byte.
+        os.write(file.fileno(), time.strftime("--- %Y-%m-%dT%H:%M:%SZ\n", time.gmtime()).encode())
+        undo.pop_all()
+        return file
 
 
 def _unnamed() -> BinaryIO:

@@ -18,6 +18,7 @@ from hymoe.runtime.client import LostServerError
 from hymoe.runtime.conversation import Answer, Conversation
 from hymoe.runtime.endpoint import Endpoint
 from hymoe.runtime.hosts import AttachedHost, PrivateHost
+from hymoe.runtime.placing import place
 from hymoe.runtime.process import signals_as_exceptions
 from hymoe.runtime.server import Server, ServerOptions
 from hymoe.runtime.settings import Settings
@@ -40,6 +41,7 @@ def private(server_options: ServerOptions, options: ChatOptions) -> None:
     with signals_as_exceptions(), hosts.slot_folder() as slots:
         server_options = hosts.private_options(server_options, slots)
         console.status(f"loading {server_options.model}")
+        server_options = place(server_options)
         with Server(server_options) as server:
             console.status(f"ready (context {server.n_ctx})")
             _talk(hosts.private(server, server_options, slots), options)

@@ -1,11 +1,12 @@
 """Logits and token ids from an engine, in a process of its own: one process can hold only one libllama.
 
-`evaluate` and `tokenize` start this file as a script; which engine answers is up to HYMOE_ENGINE, as everywhere.
+`evaluate`, `nodes` and `tokenize` start this file as a script; which engine answers is up to HYMOE_ENGINE.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import subprocess
@@ -69,6 +70,18 @@ def evaluate(
             return [arrays[f"arr_{i}"] for i in range(len(prompts))]
 
 
+def nodes(gguf: Path, ids: Sequence[int], *, engine: Path | None = None, n_prompt: int = 0) -> list[str]:
+    """Give the operations of all graphs that compute `ids`, in order: what, which tensor, how many values.
+
+    Tokens from `n_prompt` on, where it is not 0, are decoded one by one. Flash attention is off.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "nodes.json"
+        _run(["nodes", str(gguf), str(out), f"--n-prompt={n_prompt}", "--watched"], [list(map(int, ids))], engine)
+        found: list[str] = json.loads(out.read_text(encoding="utf-8"))
+        return found
+
+
 def tokenize(gguf: Path, strings: Sequence[str], *, engine: Path | None = None) -> list[list[int]]:
     """Give the token ids of each string, special tokens read as plain text, nothing added around."""
     with tempfile.TemporaryDirectory() as folder:
@@ -101,15 +114,20 @@ def main() -> None:
         model = _load(llama, options, vocab_only=True)
         ids = [_ids(llama, llama.llama_model_get_vocab(model), text.encode()) for text in work]
         options.out.write_text(json.dumps(ids), encoding="utf-8")
+        return
+    seen: list[str] = []
+    logits = _logits(llama, _load(llama, options), work, options, seen)
+    if options.job == "nodes":
+        options.out.write_text(json.dumps(seen), encoding="utf-8")
     else:
-        np.savez(options.out, *_logits(llama, _load(llama, options), work, options))
+        np.savez(options.out, *logits)
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    parser.add_argument("job", choices=["logits", "tokenize"], help="stdin is a JSON list of prompts or of strings")
+    parser.add_argument("job", choices=["logits", "nodes", "tokenize"], help="stdin: JSON, prompts or strings")
     parser.add_argument("gguf", type=Path)
-    parser.add_argument("out", type=Path, help="logits: an .npz of [n_tokens, n_vocab] each; tokenize: JSON ids")
+    parser.add_argument("out", type=Path, help="logits: an .npz of [n_tokens, n_vocab] each; else JSON")
     parser.add_argument("--flash-attn", choices=["on", "off"], default="off")
     parser.add_argument("--kv", choices=sorted(KV_TYPES), default="f32")
     parser.add_argument("--n-threads", type=int, default=N_THREADS)
@@ -155,7 +173,28 @@ def _ids(llama: Any, vocab: Any, text: bytes) -> list[int]:
     return list(buffer[:n])
 
 
-def _logits(llama: Any, model: Any, prompts: list[list[int]], options: argparse.Namespace) -> list[NDArray[np.float32]]:
+def _watch(llama: Any, seen: list[str]) -> Any:
+    """Make a callback that puts every operation into `seen` before it is computed."""
+    from hymoe.engine import installed
+
+    ggml = ctypes.CDLL(str(installed.find().library("ggml-base")))
+    ggml.ggml_op_desc.restype = ggml.ggml_get_name.restype = ctypes.c_char_p
+    ggml.ggml_nelements.restype = ctypes.c_int64
+
+    def watch(tensor: int, ask: bool, _data: Any) -> bool:
+        if ask:
+            given = ctypes.c_void_p(tensor)
+            words = ggml.ggml_op_desc(given).decode(), ggml.ggml_get_name(given).decode(), ggml.ggml_nelements(given)
+            seen.append(" ".join(map(str, words)))
+        return True
+
+    return llama.ggml_backend_sched_eval_callback(watch)
+
+
+def _logits(
+    llama: Any, model: Any, prompts: list[list[int]], options: argparse.Namespace, seen: list[str]
+) -> list[NDArray[np.float32]]:
+    """Logits of all prompts; where they are watched, `seen` gets every operation."""
     longest = max(map(len, prompts))
     n_vocab = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
     params = llama.llama_context_default_params()
@@ -165,7 +204,7 @@ def _logits(llama: Any, model: Any, prompts: list[list[int]], options: argparse.
     params.n_threads = params.n_threads_batch = options.n_threads
     params.type_k = params.type_v = KV_TYPES[options.kv]
     params.flash_attn_type = int(options.flash_attn == "on")
-    watch = llama.ggml_backend_sched_eval_callback(lambda _tensor, _ask, _data: True)
+    watch = _watch(llama, seen)
     if options.watched:
         params.cb_eval = watch
     context = llama.llama_init_from_model(model, params)

@@ -20,7 +20,8 @@ def rpc_worker() -> Iterator[str]:
     """Run a worker that computes with this machine's CPU; gives its host:port."""
     port = process.free_port("127.0.0.1")
     command: list[str | Path] = [engine.find().tool("ggml-rpc-server"), "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--threads", "1"]
+    # What it computes with: the engine's own first choice may be a GPU.
+    command += ["--device", "CPU", "--port", str(port), "--threads", "1"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
         try:
             deadline = time.monotonic() + SECONDS

@@ -35,7 +35,7 @@ class Recipe:
     """How it is trained; with the seed and the text this decides the result. One step sees n_row · 512 tokens."""
 
     seed: int = 1
-    n_step: int = 2600
+    n_step: int = 1700
     n_row: int = 4
     n_warmup: int = 150
     peak_rate: float = 2e-3

@@ -16,11 +16,12 @@ from hymoe.errors import HyError
 
 if TYPE_CHECKING:
     import typer
-    from rich.console import RenderableType
+    from rich.console import Console, RenderableType
 
 PLAIN_PROGRESS_SECONDS = 5.0
 
 _verbosity = 0
+_drawing: Console | None = None  # what a bar or a line at the foot is drawn on: other lines go above it
 
 
 class Tick(Protocol):
@@ -86,17 +87,36 @@ def dim(text: str) -> str:
 
 @contextmanager
 def progress(label: str, total: float, *, unit: str = "B", done: float = 0.0) -> Iterator[Tick]:
-    """Show progress of `total` units ("B" prints as bytes and rate, "%" as percent) until the block ends.
+    """Show progress of `total` units until the block ends: "B" prints as bytes, "%" as percent, others by name.
 
     done: units that were there before.
     """
     if _verbosity < 0:
         yield lambda _amount: None
-    elif sys.stderr.isatty():
+    elif can_draw():
         with _bar(label, total, unit, done) as tick:
             yield tick
     else:
         yield _plain(label, total, unit, done)
+
+
+@contextmanager
+def status_line() -> Iterator[Callable[[str], None]]:
+    """Keep one line at the foot of the terminal: call what is given with its new text. Elsewhere nothing is shown."""
+    if not can_draw():
+        yield lambda _text: None
+        return
+    from rich.live import Live
+    from rich.text import Text
+
+    console = _stderr()
+    with Live(console=console, auto_refresh=False, transient=True) as live, _drawing_on(console):
+        yield lambda text: live.update(Text(text, no_wrap=True, overflow="ellipsis"), refresh=True)
+
+
+def can_draw() -> bool:
+    """Whether stderr is a terminal on which lines can be drawn again, and is to be used (no -q)."""
+    return _verbosity >= 0 and sys.stderr.isatty() and not _stderr().is_dumb_terminal
 
 
 def format_bytes(n: float) -> str:
@@ -125,20 +145,52 @@ def run(app: typer.Typer, argv: Sequence[str] | None, prog: str) -> int:
 
 
 def _err(text: str, style: str | None = None) -> None:
-    from rich.console import Console
     from rich.text import Text
 
-    Console(stderr=True, highlight=False, soft_wrap=True).print(Text(text, style=style or ""))
+    (_drawing or _stderr()).print(Text(text, style=style or ""), soft_wrap=True)
+
+
+def _stderr() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+@contextmanager
+def _drawing_on(console: Console) -> Iterator[None]:
+    global _drawing  # noqa: PLW0603 - one process, one console
+    _drawing = console
+    try:
+        yield
+    finally:
+        _drawing = None
 
 
 @contextmanager
 def _bar(label: str, total: float, unit: str, done: float) -> Iterator[Tick]:
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
-    amounts = (DownloadColumn(), TransferSpeedColumn()) if unit == "B" else (TextColumn("{task.percentage:>3.0f} %"),)
+    class _Rate(ProgressColumn):
+        def render(self, task: Task) -> str:
+            return f"{task.speed:.0f}/s" if task.speed else ""
+
+    amounts: tuple[ProgressColumn, ...] = (TextColumn("{task.percentage:>3.0f} %"),)
+    if unit == "B":
+        amounts = (DownloadColumn(), TransferSpeedColumn())
+    elif unit != "%":
+        amounts = (*amounts, TextColumn("{task.completed:.0f} of {task.total:.0f} " + unit), _Rate())
     columns = (TextColumn("{task.description}"), BarColumn(), *amounts, TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = _stderr()
+    with Progress(*columns, console=console, transient=True) as bar, _drawing_on(console):
         task = bar.add_task(label, total=total, completed=int(done))
         yield lambda amount: bar.advance(task, amount)
 
@@ -155,7 +207,11 @@ def _plain(label: str, total: float, unit: str, done: float) -> Callable[[float]
             return
         last = now
         rate = (done - before) / (now - begun)
-        shown = f"{format_bytes(done)} of {format_bytes(total)}, {format_bytes(rate)}/s, " if unit == "B" else ""
+        shown = ""
+        if unit == "B":
+            shown = f"{format_bytes(done)} of {format_bytes(total)}, {format_bytes(rate)}/s, "
+        elif unit != "%":
+            shown = f"{done:.0f} of {total:.0f} {unit}, {rate:.0f}/s, "
         status(f"{label}: {100 * done / total:.0f} %, {shown}{(total - done) / rate:.0f} s left")
 
     return tick

@@ -9,6 +9,7 @@ HyError                 one clear line: what, got, expected, what to do
 ├── ModelFileError      a GGUF that is not one, or not of this family
 ├── PlacementError      the model does not fit this machine as asked
 ├── EngineError         the engine: download, patches, compiler, build
+├── BudgetError         no choice of types fits the bytes that a recipe may have
 └── ServerError         the server process: port taken, died, not answering
 
 A command prints `error: <message>` and exits with 1; bad usage exits with 2; anything that is
@@ -67,6 +68,10 @@ class PlacementError(HyError):
 
 class EngineError(HyError):
     """The engine cannot be fetched, patched, built or loaded."""
+
+
+class BudgetError(HyError):
+    """No choice of types fits the bytes that a recipe may have."""
 
 
 class ServerError(HyError):

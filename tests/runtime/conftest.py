@@ -42,10 +42,11 @@ def endpoint(llama_server: Path, tiny: Path) -> Iterator[Endpoint]:
 
 
 @pytest.fixture(autouse=True)
-def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing of the developer's own settings, and a terminal that knows no sequences."""
+def plain_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Nothing of the developer's own settings and places, and a terminal that knows no sequences."""
     for name in os.environ:
         if name.startswith(("LLAMA_", "AIP_")) or name.upper().endswith("_PROXY") or name in UNWANTED:
             monkeypatch.delenv(name)
+    monkeypatch.setenv("HYMOE_LOGS", str(tmp_path_factory.getbasetemp() / "logs"))
     monkeypatch.setenv("TERM", "dumb")
     monkeypatch.setenv("COLUMNS", "200")

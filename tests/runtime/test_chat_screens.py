@@ -133,13 +133,13 @@ def test_ctrl_c_and_what_is_typed_meanwhile(folder: Path, size: tuple[int, int],
     with chat(folder, size) as terminal:
         terminal.expect("context 0/4096")
         terminal.type("Something endless", "Enter")
-        terminal.expect_soon("la li lu")
+        terminal.expect_soon(" lu la", times=12)
         terminal.type("half a question", "C-c")
         terminal.expect("stopped")
-        # On a slow machine the question has scrolled away by then.
+        # The question may have scrolled away by then; tmux also keeps the first screen, which was cleared as a whole.
         shown = terminal.screen(scrolled=True)
-        shown = shown[shown.index("> Something endless") :]
-        assert (shown.count(" lu la"), shown.count("half a question")) > (10, 1)
+        shown = shown[shown.rindex("> Something endless") :]
+        assert shown.count("half a question") == 1
         check_screen(f"{kept}/ctrl-c", re.sub(r"(?m)^(( ?(la|li|lu)\b)+\n)+", "(la li lu …)\n", shown))
         terminal.type("", "C-c")
         terminal.type("/list", "Enter")

@@ -1,57 +1,120 @@
 """Router modes where the layers are on one device and the experts on another: the same text as on the CPU alone.
 
-The device is an RPC worker on this machine: its memory is not ours, so that split graphs, copies and the choice of
-what stands in a dropped slot are those of a GPU.
+The device is the first Vulkan device that the engine in use lists, such as Mesa's llvmpipe: with it the scheduler
+may copy expert weights to the device and compute there, for batches from a threshold on. An engine without Vulkan gets
+an RPC worker on this machine: its memory is not ours either, so graphs are split and values copied as for a GPU, but
+no operation is ever offloaded to it.
+
+What is said is decided clearly (tests/clear_model.py), so that roundings of a device turn nothing over, and depends on
+the experts that a mode keeps: each mode has an answer of its own.
 """
 
 from __future__ import annotations
 
+import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
+import clear_model
 import httpx
-import numpy as np
 import pytest
-from router_cases import N_VOCAB, WIDE, models
+from clear_model import Clear
 from rpc_worker import rpc_worker
 
+from hymoe import engine
+from hymoe.convert.convert import ConvertOptions, convert
 from hymoe.runtime.router import Router
 from hymoe.runtime.server import ServerOptions, serve
 
 pytestmark = pytest.mark.engine
 
 TIMEOUT = 300.0
-IDS = [int(token) for token in np.random.default_rng(3).integers(0, N_VOCAB, 512)]
-MODES = {"topk": Router("topk"), "capacity": Router("capacity"), "adaptive": Router("adaptive", 4, 0.3)}
-PLACES = {"experts on the CPU": ("--override-tensor", "exps=CPU"), "everything on the device": ()}
-EXACT = ("--flash-attn", "off", "--cache-type-k", "f32", "--cache-type-v", "f32", "--parallel", "1", "--fit", "off")
+MODES = {"topk": Router("topk"), "capacity": Router("capacity"), "adaptive": Router("adaptive", 2, 0.3)}
+RECIPES = {"F32": "_exps = F32\n", "Q4_K": "_exps = Q4_K\n"}
+# Tokens from which on a product with weights in host memory is computed by the device. The prompt has 512, then comes
+# one at a time: neither is offloaded, the prompt alone (32 is the engine's default), both.
+THRESHOLDS = {"nothing offloaded": 4096, "the prompt offloaded": 32, "all offloaded": 1}
+EXPERTS_ON_CPU = ("--gpu-layers", "99", "--override-tensor", "exps=CPU")
+ALL_ON_CPU = ("--device", "none")
+EXACT = ("--cache-type-k", "f32", "--cache-type-v", "f32", "--parallel", "1", "--fit", "off")
+
+
+class Device(NamedTuple):
+    """A device, the arguments that choose it, and whether operations may be offloaded to it."""
+
+    name: str
+    arguments: tuple[str, ...]
+    offloads: bool
 
 
 @pytest.fixture(scope="module")
-def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return models(tmp_path_factory.mktemp("router"))[WIDE][1]
+def device() -> Iterator[Device]:
+    done = subprocess.run([engine.find().tool("llama-server"), "--list-devices"], capture_output=True, check=True)
+    if found := re.search(r"^ *(Vulkan\d+):", done.stdout.decode(), re.MULTILINE):
+        yield Device(found[1], ("--device", found[1]), offloads=True)
+    else:
+        with rpc_worker() as address:
+            yield Device("RPC", ("--rpc", address), offloads=False)
 
 
 @pytest.fixture(scope="module")
-def worker() -> Iterator[str]:
-    with rpc_worker() as address:
-        yield address
+def clear(tmp_path_factory: pytest.TempPathFactory) -> Clear:
+    return clear_model.write(tmp_path_factory.mktemp("clear") / "checkpoint")
 
 
-def text(gguf: Path, router: Router, *extra: str) -> list[int]:
+@pytest.fixture(scope="module", params=list(RECIPES.values()), ids=list(RECIPES))
+def gguf(clear: Clear, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gguf")
+    recipe = folder / "recipe"
+    recipe.write_text(request.param)
+    convert(ConvertOptions(clear.checkpoint, folder / "clear.gguf", quant="F32", recipe=recipe))
+    return folder / "clear.gguf"
+
+
+def text(gguf: Path, ids: list[int], router: Router, *extra: str) -> list[int]:
     """Give 32 tokens after the prompt, by their ids, and check that the prompt went in whole."""
     options = ServerOptions(gguf, port=0, ctx=1024, threads=1, router=router, extra=(*EXACT, *extra))
-    body = {"prompt": IDS, "n_predict": 32, "temperature": 0.0, "ignore_eos": True, "return_tokens": True}
+    body = {"prompt": ids, "n_predict": 32, "temperature": 0.0, "ignore_eos": True, "return_tokens": True}
     with serve(options) as endpoint:
         answer = httpx.post(f"{endpoint.url}/completion", json=body, trust_env=False, timeout=TIMEOUT).json()
-    assert answer["timings"]["prompt_n"] == len(IDS)
+    assert answer["timings"]["prompt_n"] == len(ids)
     tokens: list[int] = answer["tokens"]
-    assert len(tokens) == 32
     return tokens
 
 
-@pytest.mark.parametrize("router", MODES.values(), ids=MODES.keys())
-def test_the_same_text_everywhere(gguf: Path, worker: str, router: Router) -> None:
-    alone = text(gguf, router, "--gpu-layers", "0")
-    for place in PLACES.values():
-        assert text(gguf, router, "--rpc", worker, "--gpu-layers", "99", *place) == alone, place
+def thresholds(device: Device) -> dict[str, int]:
+    return THRESHOLDS if device.offloads else {"nothing can be offloaded": 32}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_same_text_everywhere(
+    gguf: Path, clear: Clear, device: Device, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everywhere it is the answer of the float64 reference."""
+
+    def said(*extra: str) -> list[int]:
+        return text(gguf, clear.prompt, MODES[mode], "--flash-attn", "off", *extra)
+
+    assert said(*ALL_ON_CPU) == clear.answers[mode]
+    assert said(*device.arguments, "--gpu-layers", "99") == clear.answers[mode], "all on the device"
+    for name, tokens in thresholds(device).items():
+        monkeypatch.setenv("GGML_OP_OFFLOAD_MIN_BATCH", str(tokens))
+        assert said(*device.arguments, *EXPERTS_ON_CPU) == clear.answers[mode], name
+
+
+@pytest.mark.parametrize("flash_attn", ["on", "off"])
+def test_large(flash_attn: str, device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hunyuan-Large: shared keys and values, heads of 80, one expert per token."""
+    large, gguf = clear_model.write_large(tmp_path / "checkpoint"), tmp_path / "large.gguf"
+    convert(ConvertOptions(large.checkpoint, gguf, quant="F32"))
+
+    def said(*extra: str) -> list[int]:
+        return text(gguf, large.prompt, MODES["topk"], "--flash-attn", flash_attn, *extra)
+
+    assert said(*ALL_ON_CPU) == large.answers["topk"]
+    assert said(*device.arguments, "--gpu-layers", "99") == large.answers["topk"], "all on the device"
+    for name, tokens in thresholds(device).items():
+        monkeypatch.setenv("GGML_OP_OFFLOAD_MIN_BATCH", str(tokens))
+        assert said(*device.arguments, *EXPERTS_ON_CPU) == large.answers["topk"], name

@@ -180,17 +180,17 @@ server.serve_forever()
 
 def test_a_host_that_is_not_ours(llama_server: Path, tiny: Path) -> None:
     with pytest.raises(ServerError, match=r"^host 192\.0\.2\.1: no address of this machine; leave out --host"):
-        Server(ServerOptions(tiny, host="192.0.2.1")).__enter__()
+        Server(ServerOptions(tiny, host="192.0.2.1", insecure=True)).__enter__()
     # Neither is looked up by DNS: an interface that does not exist, and no name at all.
     for host, reason in (("::1%no-such-interface", "[^;]+"), ("a..b", "no name of a host")):
         with pytest.raises(ServerError, match=rf"^host {host}: {reason}; give an address of this machine with --host"):
-            Server(ServerOptions(tiny, host=host)).__enter__()
+            Server(ServerOptions(tiny, host=host, insecure=True)).__enter__()
 
 
 @pytest.mark.skipif(not socket.has_ipv6 or not Path("/proc/net/if_inet6").exists(), reason="no IPv6 here")
 @pytest.mark.parametrize("host", ["::1", "::"])
 def test_ipv6(llama_server: Path, tiny: Path, host: str) -> None:
-    with serve(ServerOptions(tiny, host=host, port=0, threads=1)) as endpoint:
+    with serve(ServerOptions(tiny, host=host, port=0, threads=1, insecure=True)) as endpoint:
         assert endpoint.url.startswith("http://[::1]:")
         answer = httpx.get(f"{endpoint.url}/health", trust_env=False, timeout=TIMEOUT)
         assert answer.json() == {"status": "ok"}
@@ -357,7 +357,24 @@ def test_a_log_of_the_users_is_never_cut(tmp_path: Path, monkeypatch: pytest.Mon
         for _ in range(5):
             os.write(log.file.fileno(), b"0123456789\n")
             assert log.new_lines() == ["0123456789"]
-    assert path.read_bytes() == 5 * b"0123456789\n"
+    assert path.read_bytes().endswith(b"Z\n" + 5 * b"0123456789\n")
+
+
+def test_a_log_with_a_limit_starts_over_and_keeps_a_copy(tmp_path: Path) -> None:
+    path, copy = tmp_path / "engine.log", tmp_path / "engine.log.1"
+    with process.Log(path, limit=100) as log:
+        for i in range(30):
+            os.write(log.file.fileno(), f"line {i:04}\n".encode())
+            assert log.new_lines() == [f"line {i:04}"]
+            assert log.tail(1) == [f"line {i:04}"]
+    kept = copy.read_text() + path.read_text()
+    assert kept.endswith("".join(f"line {i:04}\n" for i in range(20, 30)))
+    assert path.stat().st_size <= 100 < copy.stat().st_size <= 110
+
+
+def test_a_log_on_a_full_disk_is_one_line() -> None:
+    with pytest.raises(OutputError, match=r"^/dev/full: cannot write the log: got No space left on device$"):
+        process.Log(Path("/dev/full"))
 
 
 def test_context_size(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -377,7 +394,7 @@ def test_context_size(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_the_command_line(tiny: Path) -> None:
     options = ServerOptions(tiny, port=81, threads=3, api_key="secret", extra=("--temp", "0"))
     words = command_line(Path("llama-server"), peek(tiny), options, 512)
-    fixed = "--host 127.0.0.1 --port 81 --ctx-size 512 --no-context-shift --jinja --threads 3 --metrics"
+    fixed = "--host 127.0.0.1 --port 81 --no-context-shift --jinja --ctx-size 512 --threads 3 --metrics"
     assert words == ["llama-server", "--model", str(tiny), *fixed.split(), "--temp", "0"]
 
 

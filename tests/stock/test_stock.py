@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import reference
-from engine_eval import EngineRunError, evaluate, tokenize
+from engine_eval import EngineRunError, evaluate, nodes, tokenize
 from gguf import GGUFReader
 from large_model import Large
 from large_model import write as write_large
@@ -96,6 +96,13 @@ def test_same_file_same_bits(stock: Path, mini: Path, tmp_path: Path, name: str,
         quantize: list[str | Path] = [engine.find().tool("llama-quantize"), source, gguf, name, "1"]
         subprocess.run(quantize, check=True, capture_output=True)
     assert np.array_equal(one(gguf, engine=stock, **run), one(gguf, **run))
+
+
+def test_same_file_same_graph(stock: Path, mini_gguf: Path) -> None:
+    """Not one operation more: what a mode that drops nothing costs is what stock costs."""
+    ours, theirs = (nodes(mini_gguf, IDS[:35], n_prompt=32, engine=which) for which in (None, stock))
+    assert sum(node.startswith("MUL_MAT_ID ") for node in ours) == (1 + 3) * 4 * 3  # graphs, layers, products
+    assert ours == theirs
 
 
 @pytest.mark.parametrize("router", ["capacity", "adaptive"])
