@@ -8,7 +8,8 @@ Speeds are the server's own, of one request with random tokens. Ours and the bes
 the one and then the other in front; a ratio is the median of the turns'. Target: prefill and generation each 1.0.
 
 --device: with the first GPU that the engine lists, and a file that does not fit into its memory: our plan, the stock
-engine's `--fit on`, and `--n-cpu-moe N` with N from few to all layers; what does not load says so. No target.
+engine's `--fit on`, and `--n-cpu-moe N` with N from few to all layers; what does not load says so. No target. A plan
+leaves a software device alone, which is slower than the processor, unless it is told otherwise (--as-card).
 
 Ends with status 1 where a target is missed. The file is kept in --work for the next run.
 """
@@ -24,7 +25,7 @@ import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -82,6 +83,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stock", type=Path, required=True, help="folder of the stock engine, of the same backend")
     parser.add_argument("--device", action="store_true", help="with a GPU instead of on the processor alone")
+    parser.add_argument("--as-card", action="store_true", help="plan as if a software device were as fast as a card")
     parser.add_argument("--layers", type=int, default=0, help="0: what half of the free memory holds")
     parser.add_argument("--width", type=int, default=4096, help="n_embd [%(default)s]")
     parser.add_argument("--ff", type=int, default=3072, help="n_ff of an expert [%(default)s]")
@@ -106,7 +108,11 @@ def planned(options: argparse.Namespace, gguf: Path) -> Setting:
 
     here = machine.probe()
     if not options.device:
-        here = machine.Machine.from_json(here.to_json() | {"devices": ()})
+        here = replace(here, devices=())
+    elif options.as_card:
+        rate, link = machine.PAPER_VRAM_BANDWIDTH, machine.PAPER_LINK
+        fast = (replace(device, bandwidth=rate, link=link, link_pageable=link) for device in here.devices)
+        here = replace(here, devices=tuple(fast))
     tuned = tune.known(gguf, here)
     if tuned is None and not options.device:  # what is tuned is the processor's part
         tuned = tune.tune(gguf, here)
@@ -242,4 +248,7 @@ def ask(port: int, ids: list[int], n_answer: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from hymoe.runtime.process import signals_as_exceptions
+
+    with signals_as_exceptions():  # so that no server stays
+        sys.exit(main())

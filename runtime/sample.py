@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 # The output matrix is read once for all layers of a model. In front of two it would be most of what is measured.
 N_VOCAB: Final = 1024
-N_LAYER: Final = 2
 PREFIX: Final = "sample-"
 LEFT_SECONDS: Final = 24 * 3600
 
@@ -62,7 +61,7 @@ def layers(model: layout.Layout) -> list[int]:
     if share > 1:
         return list(range(min(share, model.shape.n_layer)))
     by_size = sorted(range(model.shape.n_layer), key=lambda layer: model.layers[layer].experts)
-    return sorted({by_size[0], by_size[-1]} if len(by_size) >= N_LAYER else {0})
+    return sorted({by_size[0], by_size[-1]})
 
 
 def n_bytes(model: layout.Layout) -> int:

@@ -65,7 +65,7 @@ def tune(model: Path, machine: Machine) -> Tuned:
         sample(model, measuring.folder()) as file,
         console.progress("tuning", _n_rows(machine), unit="%") as tick,
     ):
-        found = _search(lambda options: _rows(file, machine, options, tick), machine)
+        found = _search(lambda options: _rows(file, options, tick), machine)
     measuring.keep("tuned", _key(about, machine), asdict(found))
     return found
 
@@ -141,13 +141,12 @@ def _seconds(rows: list[Row]) -> float:
     return sum(n_tokens / _speed(row) for n_tokens, row in zip(USE, best, strict=True))
 
 
-def _rows(file: Path, machine: Machine, options: Options, tick: console.Tick) -> list[Row]:
+def _rows(file: Path, options: Options, tick: console.Tick) -> list[Row]:
     """Run llama-bench on the processor alone, and give a row for each combination of the options' values."""
     from hymoe import engine
 
-    command = [str(engine.find().tool("llama-bench")), "--model", str(file), "--output", "jsonl"]
-    command += ["--no-warmup", "--repetitions", str(N_RUN), "--batch-size", str(UBATCHES[-1])]
-    command += ["--device", "none"] if machine.devices and not machine.is_paper else []
+    command = [str(engine.find().tool("llama-bench")), "--model", str(file), "--device", "none"]
+    command += ["--output", "jsonl", "--no-warmup", "--repetitions", str(N_RUN), "--batch-size", str(UBATCHES[-1])]
     for name, values in ({"flash-attn": (1,)} | dict(options)).items():
         command += [f"--{name}", ",".join(map(str, values))]
     rows: list[Row] = []

@@ -111,12 +111,14 @@ double product_bandwidth(ggml_backend_t backend, size_t n_bytes, double seconds)
     return fastest(ggml_nbytes(weights), seconds, [&] { ggml_backend_graph_compute(backend, graph); });
 }
 
-// Larger and larger products, up to one of `n_bytes`, which no cache holds; a device may be too slow for that.
+// Larger and larger products, up to one of `n_bytes`, which no cache holds, or as a slow device manages in the time.
 double device_bandwidth(ggml_backend_t backend, size_t n_bytes, double seconds) {
-    const auto begun = clock_type::now();
     double rate = 0;
-    for (size_t size = 4 << 20; size <= n_bytes && seconds_since(begun) < seconds; size *= 4) {
+    for (size_t size = 4 << 20; size <= n_bytes; size *= 4) {
         rate = product_bandwidth(backend, size, seconds / 4);
+        if (4 * size > rate * seconds) {
+            break;
+        }
     }
     return rate;
 }
