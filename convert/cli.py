@@ -53,7 +53,7 @@ def convert(
     ] = Quant.BF16,
     imatrix: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Importance matrix from llama-imatrix (GGUF or .dat)."),
+        typer.Option(metavar="FILE", help="Importance matrix from hy-imatrix or llama-imatrix (GGUF or .dat)."),
     ] = None,
     recipe: Annotated[
         Path | None,

@@ -101,8 +101,8 @@ ENGINE_ARCHITECTURE = "hunyuan-moe"
 # llama-imatrix does not collect for these, and llama-quantize takes no offence.
 WITHOUT_DATA = ("token_embd.weight", "output.weight")
 MAKE_ONE = (
-    "make one with the engine's `llama-imatrix -m MODEL-Q8_0.gguf -f TEXT -o imatrix.gguf` and pass "
-    "--imatrix imatrix.gguf, or choose a larger type"
+    "make one with `hy-imatrix collect MODEL-Q8_0.gguf -o imatrix.gguf` and pass --imatrix imatrix.gguf, or choose a "
+    "larger type"
 )
 
 

@@ -150,8 +150,8 @@ def repair(
 ) -> None:
     """Fill the importance of experts that the text hardly reached.
 
-    For gate and up from what the layer's tokens say, for down from a pass in which every expert computes; both are
-    mixed with what the expert saw itself. Experts with enough tokens stay as they are; the file says what was filled.
+    They are estimated from what the layer's tokens say and from a pass in which every expert computes, and mixed with
+    what the expert saw itself. Experts with enough tokens stay as they are; the file says what was filled.
     """
     from hymoe.imatrix import files
     from hymoe.imatrix import repair as repairing
@@ -177,12 +177,7 @@ def repair(
     console.status(f"{out}: {sum(map(len, filled.values()))} experts' matrices filled, in {len(filled)} tensors")
     _warn_of_lost_counts(out, imatrix)
     if true:
-        for name, ones in (("repaired", False), ("all ones", True)):
-            found = repairing.agreement(imatrix, true, floor, ones=ones)
-            console.result(
-                f"{name}: cosine {found.cosine:.4f} (least {found.least_cosine:.4f}), "
-                f"correlation {found.correlation:.4f}"
-            )
+        console.table(repairing.table(repairing.agreement(imatrix, true, floor)))
 
 
 def convert(
@@ -226,10 +221,9 @@ def _say_coverage(imatrix: Imatrix, floor: int = FLOOR) -> None:
     except ModelFileError:
         return
     n_below, n_all = sum(len(layer.below(floor)) for layer in found), sum(len(layer.counts) for layer in found)
-    if repaired(imatrix):
-        console.status(f"{n_below} of {n_all} experts met fewer than {floor} tokens and were repaired")
-    elif n_below:
-        console.status(f"{n_below} of {n_all} experts met fewer than {floor} tokens: hy-imatrix repair fills them")
+    what_then = "the file was repaired" if repaired(imatrix) else "hy-imatrix repair fills them"
+    if n_below:
+        console.status(f"{n_below} of {n_all} experts met fewer than {floor} tokens: {what_then}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

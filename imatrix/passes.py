@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import re
+import signal
 import subprocess
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -80,12 +81,15 @@ def run(todo: Pass, *, restart: bool) -> Iterator[Imatrix]:
         except BlockingIOError:
             raise OutputError(f"{todo.out}: another process is making it", fix="wait for it") from None
         n_total = _resumed(todo, state.read(), restart=restart)
-        done = _n_done(todo)
-        if n_total is None or done < n_total:
-            _Tool(todo, done, partial(_note, state, todo)).run()
-        yield files.read(todo.part)
-        todo.part.unlink()
-        state_file.unlink()
+        try:
+            done = _n_done(todo)
+            if n_total is None or done < n_total:
+                _Tool(todo, done, partial(_note, state, todo)).run()
+            yield files.read(todo.part)
+            todo.part.unlink()
+        finally:
+            if not todo.part.exists():
+                state_file.unlink(missing_ok=True)
 
 
 def _note(state: TextIO, todo: Pass, n_total: int) -> None:
@@ -145,10 +149,11 @@ class _Tool:
     def run(self) -> None:
         text = self.todo.part.with_name(self.todo.part.name + ".txt")
         try:
-            text.write_text(self.todo.text, encoding="utf-8")
+            try:
+                text.write_text(self.todo.text, encoding="utf-8")
+            except OSError as exc:
+                raise OutputError(f"{text}: cannot be written", got=exc.strerror or exc) from exc
             self._run(self._command(text))
-        except OSError as exc:
-            raise OutputError(f"{text}: cannot be written", got=exc.strerror or exc) from exc
         finally:
             text.unlink(missing_ok=True)
 
@@ -158,7 +163,7 @@ class _Tool:
         command += ["--output-format", "gguf", "--parse-special", "--no-ppl", "--output-frequency", NEVER]
         # One chunk a pass: progress, saves and Ctrl-C wait for no more.
         command += ["-c", n_ctx, "-b", n_ctx]
-        # What an end token after the whole text would be for: a server.
+        # llama-imatrix ends with an assertion where a vocabulary wants an end token after every text.
         command += ["--override-kv", "tokenizer.ggml.add_eos_token=bool:false"]
         if self.n_before:
             command += ["--in-file", str(todo.part), "--chunk", str(self.n_before)]
@@ -184,10 +189,12 @@ class _Tool:
             except BaseException:
                 process.kill()
                 raise
+        # It may be asked before it can answer, while it loads.
+        if self.stopping and process.returncode in (0, -signal.SIGTERM):
+            console.status(f"{self.n_done} of {self.n_total or 'all'} chunks are kept; the same command goes on")
+            raise KeyboardInterrupt
         if process.returncode:
             raise self._failure(process.returncode)
-        if self.stopping:
-            raise KeyboardInterrupt
 
     def _follow(self, process: subprocess.Popen[bytes]) -> None:
         with ExitStack() as shown:

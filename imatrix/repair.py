@@ -1,34 +1,39 @@
 """Experts that the text hardly reached get importance anyway.
 
 An expert's importance is the mean square of its inputs' columns over the tokens that the router gives it. With n tokens
-it is uncertain, with none unknown. What is known without them, the prior, is
+it is uncertain, with none unknown. What is known without them comes from a forced pass, in which every expert computes
+every token and, of a layer's tokens, those count that the router would give it first. The prior is
 
-  gate, up  the inputs are the layer's own hidden state, so: its mean square over all tokens
-  down      the inputs are the expert's own, so: the expert is made to compute tokens that were not given to it (a
-            forced pass), and of these the share counts that the router would give it first
+  down      what the expert's own inner values were in that pass: only the expert can say
+  gate, up  the mean of two, since the inputs are the layer's hidden state and the same for all experts: of that state
+            over all tokens (sure, but alike for all experts), and over the expert's tokens in the pass (its own, but
+            tokens that it did not get)
 
-and the two are mixed as n tokens and a number λ of imagined ones: (n·own + λ·prior) / (n + λ). λ follows from how well
-the prior predicts the layer's well-covered experts (empirical Bayes): where it misses them by the relative variance τ²,
-it is worth as many tokens as a mean of squares of normal values needs for that variance, 2/τ².
+and prior and measurement are mixed as λ and n tokens: (n·own + λ·prior) / (n + λ). λ follows from how well the prior
+predicts the layer's well-covered experts (empirical Bayes): where it misses them by the relative variance τ², it is
+worth as many tokens as a mean of squares of normal values needs for that variance, 2/τ².
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hymoe import __version__
+from hymoe import __version__, console
 from hymoe.errors import ModelFileError, UnsupportedError
 from hymoe.imatrix import collect, files, model, passes
-from hymoe.imatrix.coverage import FLOOR, REPAIRED, repaired, repaired_note
-from hymoe.imatrix.files import Entry, Floats, Imatrix
+from hymoe.imatrix.coverage import FLOOR, REPAIRED, layers, repaired, repaired_note
+from hymoe.imatrix.files import Entry, Imatrix
 from hymoe.imatrix.model import Model
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 # 16 chunks of 512 tokens give each of 64 experts (8 a token) 1024 tokens of its own.
 CHUNKS: Final = 16
@@ -58,28 +63,33 @@ class RepairOptions:
 
 
 class Agreement(NamedTuple):
-    """How like the true importance an estimate is, over the repaired experts' matrices: mean and least.
+    """How like the true importance an estimate is, over the repaired experts of one kind of matrix.
 
-    cosine of the angle between the columns' importance, and their correlation (0 for a constant, such as all ones).
+    cosine of the angle between the columns' importance, for the estimate and for all ones; and the correlation of the
+    two, which all ones, a constant, have none of.
     """
 
+    kind: str
+    n_matrices: int
     cosine: float
-    least_cosine: float
+    cosine_of_ones: float
     correlation: float
 
 
 def repair(options: RepairOptions) -> Imatrix:
-    """Fill what is under-covered and write the result.
+    """Fill what is under-covered and write the result; where nothing is, a copy.
 
     Raises ModelFileError for an imatrix of another model or without counts, and what collecting raises.
     """
     collect.check_output(options.out, overwrite=options.overwrite)
     imatrix, found = files.read(options.imatrix), model.read(options.model)
-    if imatrix.legacy:
-        raise ModelFileError(f"{imatrix.name}: a .dat file has no counts of single experts", fix="repair a GGUF file")
     if repaired(imatrix):
         raise UnsupportedError(f"{imatrix.name} is repaired already", fix="give the file that was collected")
     found.check(imatrix)
+    if not any(layer.below(options.floor) for layer in layers(imatrix)):
+        console.status(f"every expert met {options.floor} tokens or more: nothing to repair")
+        files.save(options.out, imatrix)
+        return imatrix
     with passes.run(_forced(options, imatrix, found), restart=options.restart) as forced:
         result = filled(imatrix, forced, options.floor)
         files.save(options.out, result)
@@ -148,15 +158,17 @@ def _worth(own: Matrix, prior: Matrix, counts: NDArray[np.int64], floor: int) ->
 
 
 def _prior(name: str, imatrix: Imatrix, forced: Imatrix) -> Matrix:
-    """What is known without the expert's own tokens, [n_expert, n_per_row]."""
+    """Give what is known without the experts' own tokens, [n_expert, n_per_row]."""
     found = _STACK.fullmatch(name)
     assert found
     n_expert = len(imatrix.entries[name].counts)
+    if name not in forced.entries or (forced.entries[name].counts <= 0).any():
+        raise ModelFileError(f"the forced pass gave nothing for {name}", fix="give it more text, or --chunks")
+    likeliest: Matrix = forced.importance(name).reshape(n_expert, -1).astype(np.float64)
     if found[2] == "down":
-        if name not in forced.entries or (forced.entries[name].counts <= 0).any():
-            raise ModelFileError(f"the forced pass gave nothing for {name}", fix="give it more text, or --chunks")
-        return forced.importance(name).reshape(n_expert, -1).astype(np.float64)
-    return np.tile(_layer_mean(name, found[1], imatrix), (n_expert, 1))
+        return likeliest
+    both: Matrix = (likeliest + _layer_mean(name, found[1], imatrix)) / 2
+    return both
 
 
 def _layer_mean(name: str, layer: str, imatrix: Imatrix) -> Matrix:
@@ -164,40 +176,68 @@ def _layer_mean(name: str, layer: str, imatrix: Imatrix) -> Matrix:
     for other in ("ffn_gate_shexp", "ffn_up_shexp", "ffn_gate_inp"):
         entry = imatrix.entries.get(f"{layer}{other}.weight")
         if entry is not None and entry.counts[0] > 0:
-            return imatrix.importance(f"{layer}{other}.weight").astype(np.float64)
+            known: Matrix = imatrix.importance(f"{layer}{other}.weight").astype(np.float64)
+            return known
     sums, counts = imatrix.entries[name]
     if not counts.any():
         raise ModelFileError(f"{imatrix.name}: {name}", got="no token for any expert", fix="collect it with more text")
     total: Matrix = sums.reshape(len(counts), -1).sum(axis=0, dtype=np.float64)
-    return total / counts.sum()
+    mean: Matrix = total / counts.sum()
+    return mean
 
 
-def agreement(estimate: Imatrix, true: Imatrix, floor: int, *, ones: bool = False) -> Agreement:
-    """Compare what `estimate` says for the experts that a repair filled with what `true` measured of them.
+def agreement(estimate: Imatrix, true: Imatrix, floor: int) -> list[Agreement]:
+    """Compare what a repair put in with what `true`, collected on other text, measured of the same experts.
 
-    Only experts that `true` has `floor` tokens of take part; ones: what no data would do, instead of the estimate.
-    Raises ModelFileError where nothing can be compared.
+    Only experts that `true` has `floor` tokens of take part. Raises ModelFileError for an imatrix of another model, and
+    where nothing can be compared.
     """
-    pairs = list(_pairs(estimate, true, floor, repaired(estimate), ones=ones))
-    if not pairs:
-        raise ModelFileError(f"{true.name}: no repaired expert with {floor} tokens to compare with", got=estimate.name)
-    cosines = [float(a @ b / np.sqrt((a @ a) * (b @ b))) for a, b in pairs]
-    correlations = [0.0 if ones or not (a.std() * b.std()) else float(np.corrcoef(a, b)[0, 1]) for a, b in pairs]
-    return Agreement(float(np.mean(cosines)), min(cosines), float(np.mean(correlations)))
+    pairs: dict[str, list[tuple[Matrix, Matrix]]] = {}
+    for name, experts in repaired(estimate).items():
+        found = _STACK.fullmatch(name)
+        if found:
+            pairs.setdefault(found[2], []).extend(_pairs(name, experts, estimate, true, floor))
+    rows = [_compared(kind, of_kind) for kind, of_kind in pairs.items() if of_kind]
+    if not rows:
+        raise ModelFileError(f"{true.name}: nothing to compare with", got=f"no repaired expert with {floor} tokens")
+    return rows
 
 
 def _pairs(
-    estimate: Imatrix, true: Imatrix, floor: int, which: Mapping[str, Mapping[int, int]], *, ones: bool
+    name: str, experts: Iterable[int], estimate: Imatrix, true: Imatrix, floor: int
 ) -> Iterator[tuple[Matrix, Matrix]]:
-    for name, experts in which.items():
-        if name not in true.entries or len(true.entries[name].counts) != len(estimate.entries[name].counts):
-            raise ModelFileError(f"{true.name}: the importance matrix of another model", got=f"no such {name}")
-        n_expert = len(true.entries[name].counts)
-        guess, truth = (_slices(each.importance(name), n_expert) for each in (estimate, true))
-        for expert in experts:
-            if true.entries[name].counts[expert] >= floor and truth[expert].any():
-                yield np.ones_like(truth[expert]) if ones else guess[expert], truth[expert]
+    counts = estimate.entries[name].counts
+    if name not in true.entries or true.entries[name].sums.size != estimate.entries[name].sums.size:
+        raise ModelFileError(f"{true.name}: the importance matrix of another model", got=f"another {name}")
+    guess, truth = (each.importance(name).reshape(len(counts), -1).astype(np.float64) for each in (estimate, true))
+    for expert in experts:
+        if true.entries[name].counts[expert] >= floor and truth[expert].any():
+            yield guess[expert], truth[expert]
 
 
-def _slices(values: Floats, n_slice: int) -> Matrix:
-    return values.reshape(n_slice, -1).astype(np.float64)
+def _compared(kind: str, pairs: list[tuple[Matrix, Matrix]]) -> Agreement:
+    def cosine(a: Matrix, b: Matrix) -> float:
+        return float(a @ b / np.sqrt((a @ a) * (b @ b)))
+
+    return Agreement(
+        kind,
+        len(pairs),
+        float(np.mean([cosine(guess, truth) for guess, truth in pairs])),
+        float(np.mean([cosine(np.ones_like(truth), truth) for _, truth in pairs])),
+        float(
+            np.mean([np.corrcoef(guess, truth)[0, 1] if guess.std() * truth.std() else 0.0 for guess, truth in pairs])
+        ),
+    )
+
+
+def table(rows: list[Agreement]) -> Table:
+    """Give a row for each kind of matrix."""
+    from rich.table import Table
+
+    shown = Table(box=None, pad_edge=False)
+    for name in ("", "matrices", "cosine", "of all ones", "correlation", "of all ones"):
+        shown.add_column(name, justify="right" if name else "left")
+    for row in rows:
+        values = (f"{value:.3f}" for value in (row.cosine, row.cosine_of_ones, row.correlation, 0.0))
+        shown.add_row(row.kind, str(row.n_matrices), *values)
+    return shown

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFWriter
 
-from hymoe.errors import ModelFileError
+from hymoe.errors import ModelFileError, OutputError
 from hymoe.imatrix import files
+from hymoe.imatrix.cli import main
 from hymoe.imatrix.files import Entry, Imatrix
 
 DENSE = Entry(np.array([2, 4, 0, 8], np.float32), np.array([2]))
@@ -66,6 +67,56 @@ def test_legacy(tmp_path: Path) -> None:
     assert files.read(path).n_empty("blk.0.a.weight") == 0
     with pytest.raises(ValueError, match="holds means"):
         files.write(tmp_path / "new.gguf", files.read(path))
+
+
+@pytest.mark.parametrize("n_call", [1, 3, 7, 1000])
+def test_dat_to_gguf_to_dat_is_the_same_file(n_call: int, tmp_path: Path) -> None:
+    rng = np.random.default_rng(n_call)
+    name, values = b"blk.0.b_exps.weight", rng.lognormal(0, 5, 3000).astype("<f4")
+    raw = struct.pack("<ii", 1, len(name)) + name + struct.pack("<ii", n_call, values.size) + values.tobytes()
+    raw += struct.pack("<ii", n_call, 4) + b"text"
+    (tmp_path / "a.dat").write_bytes(raw)
+    assert main(["convert", str(tmp_path / "a.dat"), str(tmp_path / "b.gguf")]) == 0
+    assert main(["convert", str(tmp_path / "b.gguf"), str(tmp_path / "c.dat")]) == 0
+    assert (tmp_path / "c.dat").read_bytes() == raw
+    old, new = files.read(tmp_path / "a.dat"), files.read(tmp_path / "b.gguf")
+    np.testing.assert_array_equal(new.importance(name.decode()), old.importance(name.decode()))
+    assert (new.legacy, new.n_chunks, new.datasets) == (False, n_call, ("text",))
+
+
+def test_gguf_to_dat_keeps_the_importance_and_says_what_is_lost(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dat = tmp_path / "x.dat"
+    assert main(["convert", str(file), str(dat)]) == 0
+    assert (
+        "cannot hold the counts of single experts, and 1 experts without data are all ones" in capsys.readouterr().err
+    )
+    wanted, found = files.read(file), files.read(dat)
+    for name in wanted.entries:
+        np.testing.assert_allclose(found.importance(name), wanted.importance(name), rtol=1e-6)
+    assert (found.n_chunks, found.datasets) == (5, ("two.txt",))
+    before = dat.read_bytes()
+    for cut in range(4, len(before) - 16, 7):
+        dat.write_bytes(before[:cut])
+        with pytest.raises(ModelFileError, match="no importance matrix") as caught:
+            files.read(dat)
+        assert "\n" not in str(caught.value)
+
+
+def test_an_entry_without_data_is_left_out_of_a_dat(tmp_path: Path) -> None:
+    nothing = Entry(np.zeros(2, np.float32), np.array([0, 0]))
+    files.save(tmp_path / "x.dat", Imatrix("x", {"a": nothing, "b": DENSE}, ("t",), 1, 2))
+    assert list(files.read(tmp_path / "x.dat").entries) == ["b"]
+
+
+def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="cannot be written: got No such file"):
+        files.save(tmp_path / "none" / "x.gguf", IMATRIX)
+    (tmp_path / "x.gguf").mkdir()
+    with pytest.raises(OutputError, match="cannot be written"):
+        files.save(tmp_path / "x.gguf", IMATRIX)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]
 
 
 def written(path: Path, *, leave_out: str = "", **tensors: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> None:

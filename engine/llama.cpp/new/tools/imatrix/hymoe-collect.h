@@ -1,11 +1,12 @@
-// What hy-imatrix needs of llama-imatrix besides the sums: where it stands, saves that it can go on from, and experts that
-// compute tokens which the router did not give them. It says what it wants with --override-kv, since the keys are no
-// model's: hymoe.imatrix.save_seconds and hymoe.imatrix.n_weighted.
+// What hy-imatrix needs of llama-imatrix besides the sums: where it stands, saves that it can go on from, and experts
+// that compute tokens which the router did not give them. It says what it wants with --override-kv, under keys that no
+// model has: hymoe.imatrix.save_seconds and hymoe.imatrix.n_weighted.
 #pragma once
 
 #include "common.h"
 #include "ggml-backend.h"
 #include "gguf.h"
+#include "log.h"
 
 #include <algorithm>
 #include <chrono>
@@ -24,6 +25,11 @@ inline int64_t hymoe_int_override(const common_params & params, const char * key
         }
     }
     return otherwise;
+}
+
+// What is logged just before an exit is in a race with the log's thread, and lost where that comes too late.
+inline void hymoe_keep_log() {
+    std::atexit([] { common_log_flush(common_log_main()); });
 }
 
 // Writes a file that is whole or not there at all, or ends the process.
@@ -90,9 +96,11 @@ public:
             n_weighted(hymoe_int_override(params, "hymoe.imatrix.n_weighted", 0)) {
     }
 
-    // The weights of a layer's experts [1, n_expert, n_tokens], largest first, before they are normalised.
+    // The weights of a layer's experts [1, n_expert, n_tokens], largest first, before they are normalised. Views of
+    // them begin with the same name.
     bool wants(const ggml_tensor * t) const {
-        return n_weighted > 0 && strncmp(t->name, "ffn_moe_weights-", strlen("ffn_moe_weights-")) == 0;
+        const char * name = "ffn_moe_weights-";
+        return n_weighted > 0 && t->op == GGML_OP_GET_ROWS && strncmp(t->name, name, strlen(name)) == 0;
     }
 
     void take(ggml_tensor * t) {
