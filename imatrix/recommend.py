@@ -43,6 +43,8 @@ AROUND: Final = (0.8, 0.9, 1.0, 1.1, 1.25)
 # File types by bits per weight, for the label that hy-convert wants.
 LABELS: Final = ((7.5, "Q8_0"), (6.1, "Q6_K"), (5.3, "Q5_K_M"), (4.4, "Q4_K_M"), (3.4, "Q3_K_M"), (0, "Q2_K"))
 STATE_VERSION: Final = 1
+# A converted file carries its recipe's text and the names of what it was made with.
+HEAD_ROOM: Final = 6 << 10
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,11 @@ class _Problem:
 
     def alternative(self, choice: Choice) -> Alternative:
         data = choice.n_bytes + self.fixed
-        return Alternative(data + self.weights.head_bytes, 8 * data / self.n_weights, choice.loss)
+        return Alternative(data + self.head_bytes, 8 * data / self.n_weights, choice.loss)
+
+    @property
+    def head_bytes(self) -> int:
+        return self.weights.head_bytes + HEAD_ROOM
 
 
 def recommend(options: RecipeOptions) -> Recommendation:
@@ -321,7 +327,7 @@ def _data_bytes(problem: _Problem) -> int:
     """Bytes for the weights that are chosen, of a file of the size asked for."""
     options = problem.options
     if options.size is not None:
-        return options.size - problem.weights.head_bytes - problem.fixed
+        return options.size - problem.head_bytes - problem.fixed
     assert options.bits is not None
     return int(options.bits * problem.n_weights / 8) - problem.fixed
 
@@ -331,7 +337,7 @@ def _within(problem: _Problem, n_bytes: int) -> Choice:
     if choice is None:
         least = least_bytes(problem.items) + problem.fixed
         if problem.options.size is not None:
-            size = least + problem.weights.head_bytes
+            size = least + problem.head_bytes
             raise BudgetError(
                 "--size", got=console.format_bytes(problem.options.size), expected=f"at least {size} bytes"
             )
@@ -438,7 +444,7 @@ def _around(problem: _Problem, chosen: Alternative, budget: Budget | None) -> tu
         if budget is not None:
             choice = _fitting(problem, budget._replace(ram=int(factor * budget.ram)))
         else:
-            left = int(factor * (chosen.n_bytes - problem.weights.head_bytes)) - problem.fixed
+            left = int(factor * (chosen.n_bytes - problem.head_bytes)) - problem.fixed
             choice = solve_one(problem.items, left) if left > 0 else None
         if choice is not None and problem.alternative(choice) not in found:
             found.append(problem.alternative(choice))
