@@ -8,6 +8,7 @@ PYTEST_ARGS ?=
 BIN         := $(VENV)/bin
 STAMP       := $(VENV)/installed
 DEMO        := build/demo
+MINIATURE   := models/miniature/Hunyuan-Miniature-FP8
 ROOMS       := $(patsubst %/__init__.py,%,$(wildcard */__init__.py))
 
 # The real vocabulary and configs, where somebody has put them beside the checkout; without them those tests skip.
@@ -39,11 +40,10 @@ env: $(STAMP)
 setup: env ## make .venv and the engine (minutes the first time, a second afterwards)
 	@$(BIN)/hy-engine build
 
-demo: setup ## the whole way with an embedded miniature: checkpoint, GGUF, answer
+demo: setup ## the whole way with the embedded miniature: checkpoint, quantized GGUF, answer
 	@mkdir -p $(DEMO)
-	@$(BIN)/python -m hymoe.convert.miniature $(DEMO)/Hunyuan-Miniature --overwrite >/dev/null
-	$(BIN)/hy-convert $(DEMO)/Hunyuan-Miniature $(DEMO)/Hunyuan-Miniature-BF16.gguf --overwrite
-	$(BIN)/hy-chat $(DEMO)/Hunyuan-Miniature-BF16.gguf -p "What does the lamp at the end of the pier do?" --max-tokens 60
+	$(BIN)/hy-convert $(MINIATURE) $(DEMO)/Hunyuan-Miniature-Q4_K_M.gguf --quant Q4_K_M --overwrite
+	$(BIN)/hy-chat $(DEMO)/Hunyuan-Miniature-Q4_K_M.gguf -p "What does the lamp at the end of the pier do?"
 	@cat docs/next.txt
 
 test: setup ## the default tests: minutes, no GPU, no real weights
