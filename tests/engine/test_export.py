@@ -14,7 +14,7 @@ import pytest
 from tiny_model import write_model
 
 from hymoe.chat_templates import fallback
-from hymoe.engine import cli, export, patches
+from hymoe.engine import cli, cmake, export, patches
 from hymoe.runtime.server import ServerOptions, serve
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,9 +49,8 @@ def test_licences_and_our_changes_are_inside(unpacked: Path) -> None:
     for name in LICENCES:
         assert (unpacked / name).stat().st_size > 500
     assert (unpacked / "LICENSE-hymoe").read_bytes() == (ROOT / "LICENSE").read_bytes()
-    for name in patches.new_files():
-        if export.is_read(name):
-            assert (unpacked / name).read_bytes() == (patches.FOLDER / "new" / name).read_bytes()
+    for new in patches.new_files():
+        assert (unpacked / new).read_bytes() == (patches.FOLDER / "new" / new).read_bytes()
     assert "hymoe_drain" in (unpacked / "tools/server/server.cpp").read_text()  # a patch is applied
 
 
@@ -94,6 +93,10 @@ def build(unpacked: Path, into: Path, targets: str = "") -> None:
 def test_it_configures_and_builds_a_library(unpacked: Path, tmp_path: Path) -> None:
     build(unpacked, tmp_path / "out", "vendor-hash")  # a small one: what is missing elsewhere shows in the first step
     assert list(unpacked.glob("build-cpu/**/libvendor-hash.a"))
+    # Every source of every target is there: ninja looks for them, and does nothing else.
+    words = [f"{ninja.BIN_DIR}/ninja", "-n", "-C", unpacked / "build-cpu", *cmake.TARGETS, *cmake.OUR_TARGETS]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
 
 
 @pytest.mark.long

@@ -245,7 +245,7 @@ def fill(file: Path) -> None:
 
 def test_too_little_memory_is_one_line(llama_server: Path, tmp_path: Path) -> None:
     huge = write_model(tmp_path / "huge.gguf", template=fallback(), trained=50_000_000)
-    words = ("-q", "--ctx", 0, "--", "--gpu-layers", "0")
+    words = ("-q", "--ctx", 0, "--", "--fit", "off")
     with served(huge, *words, ready=False, address_space=4 << 30) as server:
         assert server.end() == 1
     (line,) = server.lines

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from served import free_port, served, streaming
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.engine
 
 # Half of the layers each, whatever would fit.
 SPREAD = ("--", "--n-gpu-layers", "99", "--tensor-split", "1,1", "--fit", "off")
-QUESTION = {"prompt": "Say something.", "n_predict": 60}
+QUESTION: dict[str, Any] = {"prompt": "Say something.", "n_predict": 60}
 
 
 @pytest.fixture(scope="module")

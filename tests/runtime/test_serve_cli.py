@@ -31,7 +31,7 @@ def port() -> int:
 
 
 @contextmanager
-def serving(model: Path, port: int, *more: str, note: str = NO_KEY) -> Iterator[tuple[subprocess.Popen[str], int]]:
+def serving(model: Path, port: int, *more: object, note: str = NO_KEY) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """A healthy hy-serve and its engine's process id."""
     words = command("hy-serve", model, "--port", port, "--threads", 1, *more)
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as parent:
