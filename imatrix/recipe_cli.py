@@ -82,7 +82,8 @@ def recipe(
     The error of each type on each tensor is measured on samples of its rows; what an error costs is measured by running
     the model with one tensor changed at a time. Both are kept, so that another budget takes seconds.
     """
-    from hymoe.imatrix.recommend import MENU, RecipeOptions, recipe_text, recommend
+    from hymoe.imatrix.recipe_text import recipe_text
+    from hymoe.imatrix.recommend import MENU, RecipeOptions, recommend
     from hymoe.imatrix.weights import n_processors
 
     console.set_verbosity(quiet=quiet, verbose=verbose)
