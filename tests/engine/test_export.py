@@ -94,7 +94,7 @@ def test_it_configures_and_builds_a_library(unpacked: Path, tmp_path: Path) -> N
     build(unpacked, tmp_path / "out", "vendor-hash")  # a small one: what is missing elsewhere shows in the first step
     assert list(unpacked.glob("build-cpu/**/libvendor-hash.a"))
     # Every source of every target is there: ninja looks for them, and does nothing else.
-    words = [f"{ninja.BIN_DIR}/ninja", "-n", "-C", unpacked / "build-cpu", *cmake.TARGETS, *cmake.OUR_TARGETS]
+    words = [f"{ninja.BIN_DIR}/ninja", "-n", "-C", str(unpacked / "build-cpu"), *cmake.TARGETS, *cmake.OUR_TARGETS]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:]
 
