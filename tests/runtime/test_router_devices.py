@@ -42,10 +42,11 @@ EXACT = ("--cache-type-k", "f32", "--cache-type-v", "f32", "--parallel", "1", "-
 
 
 class Device(NamedTuple):
-    """A device, the arguments that choose it, and whether operations may be offloaded to it."""
+    """A device, the arguments that choose it, the workers it is on, and whether operations may be offloaded to it."""
 
     name: str
     arguments: tuple[str, ...]
+    workers: tuple[str, ...]
     offloads: bool
 
 
@@ -53,10 +54,10 @@ class Device(NamedTuple):
 def device() -> Iterator[Device]:
     done = subprocess.run([engine.find().tool("llama-server"), "--list-devices"], capture_output=True, check=True)
     if found := re.search(r"^ *(Vulkan\d+):", done.stdout.decode(), re.MULTILINE):
-        yield Device(found[1], ("--device", found[1]), offloads=True)
+        yield Device(found[1], ("--device", found[1]), (), offloads=True)
     else:
         with rpc_worker() as address:
-            yield Device("RPC", ("--rpc", address), offloads=False)
+            yield Device("RPC", (), (address,), offloads=False)
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +74,9 @@ def gguf(clear: Clear, request: pytest.FixtureRequest, tmp_path_factory: pytest.
     return folder / "clear.gguf"
 
 
-def text(gguf: Path, ids: list[int], router: Router, *extra: str) -> list[int]:
+def text(gguf: Path, ids: list[int], router: Router, *extra: str, workers: tuple[str, ...] = ()) -> list[int]:
     """Give 32 tokens after the prompt, by their ids, and check that the prompt went in whole."""
-    options = ServerOptions(gguf, port=0, ctx=1024, threads=1, router=router, extra=(*EXACT, *extra))
+    options = ServerOptions(gguf, port=0, ctx=1024, threads=1, router=router, extra=(*EXACT, *extra), rpc=workers)
     body = {"prompt": ids, "n_predict": 32, "temperature": 0.0, "ignore_eos": True, "return_tokens": True}
     with serve(options) as endpoint:
         answer = httpx.post(f"{endpoint.url}/completion", json=body, trust_env=False, timeout=TIMEOUT).json()
@@ -94,10 +95,10 @@ def test_the_same_text_everywhere(
 ) -> None:
     """Everywhere it is the answer of the float64 reference."""
 
-    def said(*extra: str) -> list[int]:
-        return text(gguf, clear.prompt, MODES[mode], "--flash-attn", "off", *extra)
+    def said(*extra: str, workers: tuple[str, ...] = device.workers) -> list[int]:
+        return text(gguf, clear.prompt, MODES[mode], "--flash-attn", "off", *extra, workers=workers)
 
-    assert said(*ALL_ON_CPU) == clear.answers[mode]
+    assert said(*ALL_ON_CPU, workers=()) == clear.answers[mode]
     assert said(*device.arguments, "--gpu-layers", "99") == clear.answers[mode], "all on the device"
     for name, tokens in thresholds(device).items():
         monkeypatch.setenv("GGML_OP_OFFLOAD_MIN_BATCH", str(tokens))
@@ -110,10 +111,10 @@ def test_large(flash_attn: str, device: Device, tmp_path: Path, monkeypatch: pyt
     large, gguf = clear_model.write_large(tmp_path / "checkpoint"), tmp_path / "large.gguf"
     convert(ConvertOptions(large.checkpoint, gguf, quant="F32"))
 
-    def said(*extra: str) -> list[int]:
-        return text(gguf, large.prompt, MODES["topk"], "--flash-attn", flash_attn, *extra)
+    def said(*extra: str, workers: tuple[str, ...] = device.workers) -> list[int]:
+        return text(gguf, large.prompt, MODES["topk"], "--flash-attn", flash_attn, *extra, workers=workers)
 
-    assert said(*ALL_ON_CPU) == large.answers["topk"]
+    assert said(*ALL_ON_CPU, workers=()) == large.answers["topk"]
     assert said(*device.arguments, "--gpu-layers", "99") == large.answers["topk"], "all on the device"
     for name, tokens in thresholds(device).items():
         monkeypatch.setenv("GGML_OP_OFFLOAD_MIN_BATCH", str(tokens))
