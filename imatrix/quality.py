@@ -102,6 +102,10 @@ def _require_same(path: Path, first: GgufWeights, other: GgufWeights) -> None:
         if found is None or found.shape != tensor.shape:
             got = "none" if found is None else f"{list(found.shape)}"
             raise ModelFileError(f"{path}: another model: {name}", got=got, expected=list(tensor.shape))
+    # Fewer layers of the same shapes. A quantization may have an output of its own where embeddings were tied.
+    for name, tensor in other.tensors.items():
+        if name.startswith("blk.") and name not in first.tensors:
+            raise ModelFileError(f"{path}: another model: {name}", got=list(tensor.shape), expected="none")
 
 
 def table(rows: Sequence[Measured], *, perplexity: bool) -> Table:

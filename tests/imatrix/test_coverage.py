@@ -88,7 +88,7 @@ def test_show(file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     rows = [line.split() for line in out.splitlines()]
     assert rows[1] == ["0", "200", "100", "100", "100", "0.00", "25", "%", "0", "of", "4"]
     assert rows[2] == ["3", "200", "0", "50", "300", "0.61", "75", "%", "2", "of", "4"]
-    assert rows[3:] == [["0", "▅▅▅▅"], ["3", "·▁▄█"]]
+    assert rows[3:] == [["0", "▄▄▄▄"], ["3", "·▁▄█"]]
     assert "2 of 8 experts met fewer than 50 tokens: hy-imatrix repair fills them" in err
     assert "\x1b" not in out
 

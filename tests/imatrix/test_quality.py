@@ -71,6 +71,12 @@ def test_a_table_and_a_plot(gguf: Path, coarse: Path, tmp_path: Path, capfd: pyt
     assert capfd.readouterr().out.splitlines()[0].split()[-1] == "perplexity"
     assert run(gguf, coarse, "--plot", tmp_path / "plot.png") == 1
     assert "plot.png: got the ending '.png', expected .svg" in capfd.readouterr().err
+    nowhere = tmp_path / "nowhere"
+    assert run(gguf, coarse, "--plot", nowhere / "plot.svg") == 1
+    assert (said := capfd.readouterr()).out == ""
+    assert f"no folder {nowhere}" in said.err
+    assert run(gguf, coarse, "--work", nowhere) == 1
+    assert f"error: {nowhere}: no place for the logits" in capfd.readouterr().err
 
 
 def test_a_plot_holds_every_point_in_its_frame() -> None:
@@ -90,6 +96,10 @@ def test_other_models_and_texts(
 ) -> None:
     deeper, words = tmp_path / "deeper.gguf", tmp_path / "words.gguf"
     convert(ConvertOptions(miniature.write(tmp_path / "a", Spec(n_layer=3, n_expert=5, n_expert_used=2)), deeper))
+    more, shape = tmp_path / "more.gguf", Spec(n_layer=3, n_expert=4, n_expert_used=2)
+    convert(ConvertOptions(miniature.write(tmp_path / "c", shape), more))
+    assert run(gguf, more) == 1
+    assert "more.gguf: another model: blk.2.attn_" in capfd.readouterr().err
     vocabulary = Spec(n_layer=2, n_expert=4, n_expert_used=2, n_rank=1700)
     convert(ConvertOptions(miniature.write(tmp_path / "b", vocabulary), words))
     assert run(gguf, deeper) == 1
