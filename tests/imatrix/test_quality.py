@@ -71,6 +71,10 @@ def test_a_table_and_a_plot(gguf: Path, coarse: Path, tmp_path: Path, capfd: pyt
     assert capfd.readouterr().out.splitlines()[0].split()[-1] == "perplexity"
     assert run(gguf, coarse, "--plot", tmp_path / "plot.png") == 1
     assert "plot.png: got the ending '.png', expected .svg" in capfd.readouterr().err
+    assert run(coarse, gguf, "--tokens", 300) == 0
+    assert "warning: Q3_K_M.gguf has Q3_K, Q4_K, Q5_K, Q6_K: what a reference lost itself does not show" in (
+        capfd.readouterr().err
+    )
     nowhere = tmp_path / "nowhere"
     assert run(gguf, coarse, "--plot", nowhere / "plot.svg") == 1
     assert (said := capfd.readouterr()).out == ""
