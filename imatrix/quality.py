@@ -123,7 +123,7 @@ def table(rows: Sequence[Measured], *, perplexity: bool) -> Table:
     result = Table(box=None, header_style="", pad_edge=False)
     columns = ("file", "size", "bits/weight", "mean KL", "±", "99 %", "max", "top-1")
     for column in (*columns, *(("perplexity",) if perplexity else ())):
-        result.add_column(column, justify="left" if column == "file" else "right", no_wrap=column != "file")
+        result.add_column(column, justify="left" if column == "file" else "right")
     for row in rows:
         q = row.quality
         cells = (f"{q.mean:.5f}", f"{q.error:.5f}", f"{q.p99:.4f}", f"{q.largest:.3f}", f"{100 * q.top1:.2f} %")

@@ -73,7 +73,7 @@ def quality(
     if as_json:
         console.result(json.dumps([row.to_json() for row in rows], indent=2))
     else:
-        console.table(table(rows, perplexity=perplexity))
+        console.table(table(rows, perplexity=perplexity), whole=True)
     if plot is not None:
         from hymoe.imatrix.plot import Point, svg
 

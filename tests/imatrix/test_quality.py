@@ -83,6 +83,17 @@ def test_a_table_and_a_plot(gguf: Path, coarse: Path, tmp_path: Path, capfd: pyt
     assert f"error: {nowhere}: no place for the logits" in capfd.readouterr().err
 
 
+def test_files_are_told_apart_however_narrow_it_is(
+    gguf: Path, coarse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "50")
+    names = [f"a-name-as-long-as-those-that-people-give-{i}.gguf" for i in range(2)]
+    for name in names:
+        (tmp_path / name).symlink_to(coarse)
+    assert run(gguf, *(tmp_path / name for name in names), "--tokens", 300) == 0
+    assert [line.split()[0] for line in capfd.readouterr().out.splitlines()[1:]] == names
+
+
 def test_a_plot_holds_every_point_in_its_frame() -> None:
     series = {"a & b": [Point(2.0, 0.5, "<2>"), Point(4.5, 0.0, "zero")], "c": [Point(8.5, 3e-7, "")]}
     root = ET.fromstring(svg(series))
