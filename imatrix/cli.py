@@ -221,10 +221,9 @@ def _say_coverage(imatrix: Imatrix, floor: int = FLOOR) -> None:
     except ModelFileError:
         return
     n_below, n_all = sum(len(layer.below(floor)) for layer in found), sum(len(layer.counts) for layer in found)
-    if repaired(imatrix):
-        console.status(f"{n_below} of {n_all} experts met fewer than {floor} tokens and were repaired")
-    elif n_below:
-        console.status(f"{n_below} of {n_all} experts met fewer than {floor} tokens: hy-imatrix repair fills them")
+    what_then = "the file was repaired" if repaired(imatrix) else "hy-imatrix repair fills them"
+    if n_below:
+        console.status(f"{n_below} of {n_all} experts met fewer than {floor} tokens: {what_then}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

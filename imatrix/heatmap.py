@@ -66,7 +66,7 @@ def write_png(path: Path, layers: Sequence[Layer], floor: int, title: str) -> No
             left = MARGIN + expert * CELL
             colour = TOO_FEW if n_tokens < floor else _colour(level(n_tokens, layer))
             draw.rectangle((left, top, left + CELL - 2, top + CELL - 2), fill=colour)
-    legend = f"rows: layers, columns: experts; blue: tokens, white 0 to dark 2 × even; red: fewer than {floor}"
+    legend = f"rows: layers, columns: experts; blue: tokens, from none to twice an even share; red: fewer than {floor}"
     draw.text((CELL, height - CELL - 4), legend, fill="black")
     try:
         image.save(path, format="PNG")

@@ -81,12 +81,15 @@ def run(todo: Pass, *, restart: bool) -> Iterator[Imatrix]:
         except BlockingIOError:
             raise OutputError(f"{todo.out}: another process is making it", fix="wait for it") from None
         n_total = _resumed(todo, state.read(), restart=restart)
-        done = _n_done(todo)
-        if n_total is None or done < n_total:
-            _Tool(todo, done, partial(_note, state, todo)).run()
-        yield files.read(todo.part)
-        todo.part.unlink()
-        state_file.unlink()
+        try:
+            done = _n_done(todo)
+            if n_total is None or done < n_total:
+                _Tool(todo, done, partial(_note, state, todo)).run()
+            yield files.read(todo.part)
+            todo.part.unlink()
+        finally:
+            if not todo.part.exists():
+                state_file.unlink(missing_ok=True)
 
 
 def _note(state: TextIO, todo: Pass, n_total: int) -> None:

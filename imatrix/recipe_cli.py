@@ -84,7 +84,8 @@ def recipe(
     """
     from hymoe.imatrix.collect import check_output
     from hymoe.imatrix.files import write_text
-    from hymoe.imatrix.recommend import MENU, RecipeOptions, recipe_text, recommend
+    from hymoe.imatrix.recipe_text import recipe_text
+    from hymoe.imatrix.recommend import MENU, RecipeOptions, recommend
     from hymoe.imatrix.weights import n_processors
 
     console.set_verbosity(quiet=quiet, verbose=verbose)

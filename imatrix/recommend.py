@@ -1,20 +1,17 @@
-"""A recipe for a budget: errors and sensitivities, measured or remembered, then the optimizer, then readable text."""
+"""A recipe for a budget: errors and sensitivities, measured or remembered, then the optimizer."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import groupby
 from math import inf
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGMLQuantizationType
 
 from hymoe import console
 from hymoe.errors import BudgetError, ModelFileError, UnsupportedError
@@ -24,6 +21,7 @@ from hymoe.imatrix.allocate import Choice, Item, Option, least_bytes, solve_one,
 from hymoe.imatrix.budget import Budget
 from hymoe.imatrix.files import Imatrix
 from hymoe.imatrix.model import require_family
+from hymoe.imatrix.state import State
 from hymoe.imatrix.weights import SOURCES, GgufWeights, Weights, layer_of_experts, matrices
 from hymoe.sizes import padded, tensor_bytes
 
@@ -42,9 +40,9 @@ N_CTX: Final = 512
 # Prices of time to try, in units of the loss per second of the best choice without one.
 PRICES: Final = (0.1, 0.25, 0.5, 1.0, 2.0)
 AROUND: Final = (0.8, 0.9, 1.0, 1.1, 1.25)
-# File types by bits per weight, for the label that hy-convert wants.
-LABELS: Final = ((7.5, "Q8_0"), (6.1, "Q6_K"), (5.3, "Q5_K_M"), (4.4, "Q4_K_M"), (3.4, "Q3_K_M"), (0, "Q2_K"))
 STATE_VERSION: Final = 1
+# A converted file carries its recipe's text and the names of what it was made with.
+HEAD_ROOM: Final = 6 << 10
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,11 @@ class _Problem:
 
     def alternative(self, choice: Choice) -> Alternative:
         data = choice.n_bytes + self.fixed
-        return Alternative(data + self.weights.head_bytes, 8 * data / self.n_weights, choice.loss)
+        return Alternative(data + self.head_bytes, 8 * data / self.n_weights, choice.loss)
+
+    @property
+    def head_bytes(self) -> int:
+        return self.weights.head_bytes + HEAD_ROOM
 
 
 def recommend(options: RecipeOptions) -> Recommendation:
@@ -179,14 +181,14 @@ def evidence(
     measured = _is_measured(options, weights)
     if weights.has_values:
         digest = imatrix.sha256 if imatrix else None
-        state = _State(["errors", STATE_VERSION, weights.identity, digest, distortion.N_SAMPLE])
+        state = State(["errors", STATE_VERSION, weights.identity, digest, distortion.N_SAMPLE])
         errors = state.get(lambda: _measured_errors(options, weights, names, imatrix))
     else:
         errors = sensitivity.assumed_errors(names, weights.tensors, has_importance=imatrix is not None)
     if measured and isinstance(weights, GgufWeights):
         texts = heldout.calibration(options.text, weights.chat_template)
         # What an error costs is the model's own, whatever it was weighted with when it was measured.
-        state = _State(
+        state = State(
             ["sensitivity by tokens", STATE_VERSION, weights.identity, sensitivity.PROBES, MEASURED_TOKENS, texts]
         )
         return errors, state.get(lambda: _measured_costs(options, weights, names, imatrix, texts)), True
@@ -226,32 +228,6 @@ def _measured_costs(
                 for n in reference.record(model):
                     tick(n)
                 return sensitivity.measure(model, weights, names, reference, imatrix=imatrix, tick=tick)
-
-
-class _State:
-    """A measurement in the cache, by what it depends on."""
-
-    def __init__(self, key: Sequence[object]) -> None:
-        from hymoe.engine.installed import engine_root
-
-        digest = hashlib.sha256(repr(key).encode()).hexdigest()
-        self.path = engine_root().parent / "recipes" / f"{digest[:32]}.json"
-
-    def get(self, measure: Callable[[], Any]) -> Any:
-        """Read it, or measure and keep it."""
-        try:
-            return json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            pass
-        found = measure()
-        part = self.path.with_suffix(f".{os.getpid()}.part")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps(found), encoding="utf-8")
-            part.replace(self.path)
-        except OSError as exc:
-            console.warn(f"{self.path}: not kept for the next time ({exc.strerror})")
-        return found
 
 
 # -- the problem ------------------------------------------------------------------------------------------------------
@@ -302,7 +278,7 @@ def _speeds(options: RecipeOptions, weights: Weights) -> Mapping[str, float]:
 
     stacks = (tensor.shape for name, tensor in weights.tensors.items() if layer_of_experts(name) is not None)
     _, n_ff, n_embd = next(stacks)
-    state = _State(["speed", STATE_VERSION, host(), options.n_threads, n_ff, n_embd])
+    state = State(["speed", STATE_VERSION, host(), options.n_threads, n_ff, n_embd])
     found: dict[str, float] = state.get(lambda: type_speed.measure(MENU, n_embd, n_ff, options.n_threads))
     return found
 
@@ -332,7 +308,7 @@ def _data_bytes(problem: _Problem) -> int:
     """Bytes for the weights that are chosen, of a file of the size asked for."""
     options = problem.options
     if options.size is not None:
-        return options.size - problem.weights.head_bytes - problem.fixed
+        return options.size - problem.head_bytes - problem.fixed
     assert options.bits is not None
     return int(options.bits * problem.n_weights / 8) - problem.fixed
 
@@ -342,7 +318,7 @@ def _within(problem: _Problem, n_bytes: int) -> Choice:
     if choice is None:
         least = least_bytes(problem.items) + problem.fixed
         if problem.options.size is not None:
-            size = least + problem.weights.head_bytes
+            size = least + problem.head_bytes
             raise BudgetError(
                 "--size", got=console.format_bytes(problem.options.size), expected=f"at least {size} bytes"
             )
@@ -451,59 +427,8 @@ def _around(problem: _Problem, chosen: Alternative, budget: Budget | None) -> tu
         if budget is not None:
             choice = _fitting(problem, budget._replace(ram=int(factor * budget.ram)))
         else:
-            left = int(factor * (chosen.n_bytes - problem.weights.head_bytes)) - problem.fixed
+            left = int(factor * (chosen.n_bytes - problem.head_bytes)) - problem.fixed
             choice = solve_one(problem.items, left) if left > 0 else None
         if choice is not None and problem.alternative(choice) not in found:
             found.append(problem.alternative(choice))
     return tuple(found)
-
-
-# -- the text ---------------------------------------------------------------------------------------------------------
-
-
-def recipe_text(found: Recommendation) -> str:
-    """Write the file that `hy-convert --recipe` reads: comments, then one line for each kind of tensor and type."""
-    label = next(name for bits, name in LABELS if found.bits >= bits)
-    imatrix = f" --imatrix {found.imatrix}" if found.imatrix else ""
-    how = "measured by running this model" if found.is_measured else "assumed from those of hymoe's miniature"
-    lines = [
-        f"# {found.name}: {found.bits:.3f} bits per weight, {console.format_bytes(found.n_bytes)}",
-        f"# Predicted loss: {found.loss:.4g} nats per token (mean KL divergence); sensitivities {how}.",
-        *_memory_lines(found),
-        "# Around it:",
-        *(f"#   {console.format_bytes(n):>9}  {bits:.3f} bits  loss {loss:.4g}" for n, bits, loss in found.around),
-        f"# hy-convert CHECKPOINT OUT.gguf --quant {label}{imatrix} --recipe THIS",
-        "",
-        *_rules(found.types),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _memory_lines(found: Recommendation) -> list[str]:
-    if found.budget is None:
-        return []
-    kv = f"{console.format_bytes(found.budget.kv_bytes)} of {found.budget.kv_type} keys and values"
-    lines = [f"# On the card: all but the experts, {kv}, and the experts of {found.n_card} of {found.n_layer} layers."]
-    if found.speed:
-        lines.append(f"# The experts in RAM alone would give {found.speed:.1f} tokens per second.")
-    return lines
-
-
-def _rules(types: Mapping[str, GGMLQuantizationType]) -> list[str]:
-    grouped: dict[str, dict[GGMLQuantizationType, list[int]]] = {}
-    lines = []
-    for name, qtype in types.items():
-        kind, layer = sensitivity.kind_of(name)
-        if layer is None:
-            lines.append(f"^{kind}\\.weight$ = {qtype.name}")
-        else:
-            grouped.setdefault(kind, {}).setdefault(qtype, []).append(layer)
-    for kind, by_type in grouped.items():
-        for qtype, layers in sorted(by_type.items(), key=lambda entry: -_bits(entry[0])):
-            lines.append(f"^blk\\.({'|'.join(map(str, layers))})\\.{kind}\\.weight$ = {qtype.name}")
-    return lines
-
-
-def _bits(qtype: GGMLQuantizationType) -> float:
-    block, n_bytes = GGML_QUANT_SIZES[qtype]
-    return 8 * float(n_bytes) / float(block)

@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hymoe import __version__
+from hymoe import __version__, console
 from hymoe.errors import ModelFileError, UnsupportedError
 from hymoe.imatrix import collect, files, model, passes
-from hymoe.imatrix.coverage import FLOOR, REPAIRED, repaired, repaired_note
+from hymoe.imatrix.coverage import FLOOR, REPAIRED, layers, repaired, repaired_note
 from hymoe.imatrix.files import Entry, Imatrix
 from hymoe.imatrix.model import Model
 
@@ -77,17 +77,19 @@ class Agreement(NamedTuple):
 
 
 def repair(options: RepairOptions) -> Imatrix:
-    """Fill what is under-covered and write the result.
+    """Fill what is under-covered and write the result; where nothing is, a copy.
 
     Raises ModelFileError for an imatrix of another model or without counts, and what collecting raises.
     """
     collect.check_output(options.out, overwrite=options.overwrite)
     imatrix, found = files.read(options.imatrix), model.read(options.model)
-    if imatrix.legacy:
-        raise ModelFileError(f"{imatrix.name}: a .dat file has no counts of single experts", fix="repair a GGUF file")
     if repaired(imatrix):
         raise UnsupportedError(f"{imatrix.name} is repaired already", fix="give the file that was collected")
     found.check(imatrix)
+    if not any(layer.below(options.floor) for layer in layers(imatrix)):
+        console.status(f"every expert met {options.floor} tokens or more: nothing to repair")
+        files.save(options.out, imatrix)
+        return imatrix
     with passes.run(_forced(options, imatrix, found), restart=options.restart) as forced:
         result = filled(imatrix, forced, options.floor)
         files.save(options.out, result)

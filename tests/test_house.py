@@ -33,6 +33,7 @@ MUST_NOT_IMPORT = {
 MAY_IMPORT = {"runtime/plan_cli.py": {"convert"}}
 # Libraries that belong to one place.
 OWNERS = {
+    "PIL": "imatrix/",
     "google": "convert/vocab",
     "httpx2": "convert/hub",
     "huggingface_hub": "convert/hub",
@@ -41,7 +42,7 @@ OWNERS = {
     "unidiff": "engine/",
 }
 HEAVY = (
-    *("gguf", "httpx", "httpx2", "huggingface_hub", "jinja2", "numpy", "openai", "safetensors", "sentencepiece"),
+    *("PIL", "gguf", "httpx", "httpx2", "huggingface_hub", "jinja2", "numpy", "openai", "safetensors", "sentencepiece"),
     *("tokenizers", "torch"),
 )
 
@@ -100,7 +101,7 @@ def test_dependencies_are_what_the_product_imports() -> None:
     # run as a command; what the bindings, which are installed with the engine, build with and import
     unimported = {"pip", "scikit_build_core", "diskcache"}
     imported = {module.partition(".")[0] for file in SOURCES for _, module in imports(file)}
-    imported = {"protobuf" if name == "google" else name for name in imported}
+    imported = {{"google": "protobuf", "PIL": "pillow"}.get(name, name) for name in imported}
     assert imported - sys.stdlib_module_names - {"hymoe", "llama_cpp"} == declared - unimported
 
 

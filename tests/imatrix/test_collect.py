@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf import GGUFReader
-from reaching_model import FIRST, SECOND, text, write_reaching
+from imatrix.reaching_model import FIRST, SECOND, text, write_reaching
 from tiny_model import N_EXPERT, N_EXPERT_USED, N_LAYER, write_model
 
 from hymoe.convert import miniature
@@ -226,6 +226,26 @@ def test_repair_predicts_the_experts_that_the_text_did_not_reach(
         assert row.n_matrices == N_LAYER * N_EXPERT // 2
         assert row.correlation > 0.3, row
         assert 1 - row.cosine < 0.8 * (1 - row.cosine_of_ones), row
+
+
+def test_repair_knows_when_there_is_nothing_to_do(
+    reaching: Path, half: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, out, dat = (
+        collected(reaching, tmp_path / "whole", FIRST + SECOND, 2),
+        tmp_path / "o.gguf",
+        tmp_path / "h.dat",
+    )
+    assert hy_imatrix("repair", whole, "--model", reaching, "-o", out, *CHUNK) == 0
+    assert "every expert met 128 tokens or more: nothing to repair" in capsys.readouterr().err
+    assert same(files.read(out), files.read(whole))
+    out.unlink()
+    repair.repair(repair.RepairOptions(half, reaching, out, text=(half.with_suffix(".txt"),), n_ctx=N_CTX, threads=1))
+    assert hy_imatrix("repair", out, "--model", reaching, "-o", tmp_path / "twice.gguf", *CHUNK) == 1
+    assert "is repaired already" in capsys.readouterr().err
+    assert hy_imatrix("convert", half, dat) == 0
+    assert hy_imatrix("repair", dat, "--model", reaching, "-o", tmp_path / "d.gguf", *CHUNK) == 1
+    assert "no counts of single experts" in capsys.readouterr().err
 
 
 def test_repair_refuses_another_models_imatrix(

@@ -44,7 +44,7 @@ def file(tmp_path: Path) -> Path:
 def test_gini(counts: tuple[int, ...], gini: float) -> None:
     assert layer(*counts).gini == pytest.approx(gini)
     # its definition: half of the mean difference of all pairs, as a share of the mean
-    pairs = np.abs(np.subtract.outer(counts, counts)).mean() / (2 * max(np.mean(counts), 1e-9))
+    pairs = np.abs(np.subtract.outer(counts, counts)).mean() / (2 * max(float(np.mean(counts)), 1e-9))
     assert layer(*counts).gini == pytest.approx(pairs)
 
 

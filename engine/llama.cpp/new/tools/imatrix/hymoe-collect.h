@@ -6,6 +6,7 @@
 #include "common.h"
 #include "ggml-backend.h"
 #include "gguf.h"
+#include "log.h"
 
 #include <algorithm>
 #include <chrono>
@@ -24,6 +25,11 @@ inline int64_t hymoe_int_override(const common_params & params, const char * key
         }
     }
     return otherwise;
+}
+
+// What is logged just before an exit is in a race with the log's thread, and lost where that comes too late.
+inline void hymoe_keep_log() {
+    std::atexit([] { common_log_flush(common_log_main()); });
 }
 
 // Writes a file that is whole or not there at all, or ends the process.
