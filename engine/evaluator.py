@@ -66,6 +66,8 @@ class Evaluator:
         context.n_threads = context.n_threads_batch = n_threads
         context.type_k = context.type_v = F32
         context.flash_attn_type = 0
+        # An engine with a card would compute batches there, in its own precision, even with no layer on it.
+        context.offload_kqv = context.op_offload = False
         context.no_perf = True
         self._context = llama.llama_init_from_model(self._model, context)
         if not self._context:

@@ -118,8 +118,8 @@ def show(
     if as_json:
         console.result(json.dumps(coverage.summary(imatrix, floor, top)))
     else:
-        console.table(coverage.table(layers, floor, top))
-        console.table(heatmap.in_terminal(layers, floor))
+        console.table(coverage.table(layers, floor, top), whole=True)
+        console.table(heatmap.in_terminal(layers, floor), whole=True)
         _say_coverage(imatrix, floor)
     if png:
         heatmap.write_png(png, layers, floor, f"{imatrix.name}: tokens by layer and expert")
@@ -177,7 +177,7 @@ def repair(
     console.status(f"{out}: {sum(map(len, filled.values()))} experts' matrices filled, in {len(filled)} tensors")
     _warn_of_lost_counts(out, imatrix)
     if true:
-        console.table(repairing.table(repairing.agreement(imatrix, true, floor)))
+        console.table(repairing.table(repairing.agreement(imatrix, true, floor)), whole=True)
 
 
 def convert(

@@ -150,7 +150,8 @@ def _as_turns(passage: str) -> Conversation:
 
 
 def _lines(name: str, text: str) -> Iterator[Conversation]:
-    for number, line in enumerate(text.splitlines(), 1):
+    # Not splitlines(): U+2028 and the like may stand in a JSON string.
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield _conversation(f"{name}, line {number}", line)
 

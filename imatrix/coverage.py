@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from hymoe.errors import ModelFileError, OutputError
-from hymoe.imatrix.files import Imatrix
+from hymoe.errors import ModelFileError
+from hymoe.imatrix.files import Imatrix, write_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -157,7 +157,4 @@ def write_usage(path: Path, imatrix: Imatrix) -> None:
             for layer in found
         ],
     }
-    try:
-        path.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    except OSError as exc:
-        raise OutputError(f"{path}: cannot be written", got=exc.strerror or exc) from exc
+    write_text(path, json.dumps(content) + "\n")

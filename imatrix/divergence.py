@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryFile, gettempdir
 from typing import IO, TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
@@ -90,13 +90,17 @@ def _divergence(log_p: Doubles, log_q: Doubles) -> Doubles:
 class Reference:
     """The logits of a reference on a text, kept in a file of its own: a vocabulary of 128,000 is 0.5 MB per token.
 
-    texts: token ids of documents, each evaluated in an empty context. A context manager.
+    texts: token ids of documents, each evaluated in an empty context. A context manager. Raises OutputError for a
+    folder that takes no file.
     """
 
     def __init__(self, texts: Sequence[Sequence[int]], n_vocab: int, folder: Path | None = None) -> None:
         self.texts = [list(ids) for ids in texts]
         self.n_vocab = n_vocab
-        self._file: IO[bytes] = TemporaryFile(dir=folder)  # noqa: SIM115 - closed by __exit__
+        try:
+            self._file: IO[bytes] = TemporaryFile(dir=folder)  # noqa: SIM115 - closed by __exit__
+        except OSError as exc:
+            raise OutputError(f"{folder or gettempdir()}: no place for the logits", got=exc.strerror or exc) from exc
 
     @property
     def n_tokens(self) -> int:

@@ -117,6 +117,14 @@ def save(path: Path, imatrix: Imatrix) -> None:
         raise OutputError(f"{path}: cannot be written", got=exc.strerror or exc) from exc
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a small file of text. Raises OutputError where it cannot be written."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as exc:
+        raise OutputError(f"{path}: cannot be written", got=exc.strerror or exc) from exc
+
+
 def write(path: Path, imatrix: Imatrix) -> None:
     """Write the GGUF form, as llama-imatrix does. Raises ValueError for a legacy one, which has no sums to write."""
     if imatrix.legacy:
@@ -233,8 +241,10 @@ def _read_legacy(path: Path, digest: str) -> Imatrix:
         for _ in range(n_entries):
             name = _text(path, file)
             n_call, n_value = _integer(path, file), _integer(path, file)
-            if n_value < 1 or 4 * n_value > size - file.tell():
-                raise _not_one(path, f"{name or 'an entry without a name'} with {n_value} values in {size} bytes")
+            if not name or n_value < 1:
+                raise _not_one(path, f"{name or 'an entry without a name'} with {n_value} values")
+            if (left := size - file.tell()) < 4 * n_value:
+                raise _not_one(path, f"a file that ends in {name}, {left} of {4 * n_value} bytes")
             entries[name] = Entry(np.frombuffer(file.read(4 * n_value), "<f4").astype(np.float32), np.array([n_call]))
         # Older files end here.
         if file.tell() == size:

@@ -40,7 +40,7 @@ def in_terminal(layers: Sequence[Layer], floor: int) -> RenderableType:
     for layer in layers:
         picture.append(f"{layer.index:>5} ")
         for n_tokens in layer.counts.tolist():
-            bar = BARS[min(len(BARS) - 1, int(level(n_tokens, layer) * len(BARS)))] if n_tokens else "·"
+            bar = BARS[max(0, round(level(n_tokens, layer) * len(BARS)) - 1)] if n_tokens else "·"
             picture.append(bar, style="red" if n_tokens < floor else "blue")
         picture.append("\n")
     picture.rstrip()

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from hymoe.errors import ModelFileError
-from hymoe.gguf_head import ARRAY, MAX_KEY_BYTES, SCALARS, STRING, Cursor, Scalar, cursor
+from hymoe.gguf_head import Scalar, cursor
+from hymoe.imatrix.weights import read_part
 
 if TYPE_CHECKING:
     from hymoe.imatrix.files import Imatrix
@@ -108,17 +109,19 @@ def read(path: Path) -> Model:
     Raises ModelFileError for what is missing, damaged, a later part, or of another architecture.
     """
     keys, shapes = _head(path)
-    if keys.get("general.architecture") not in ARCHITECTURES:
-        raise ModelFileError(
-            f"{path}: architecture",
-            got=keys.get("general.architecture", "none"),
-            expected=" or ".join(ARCHITECTURES),
-            fix="make a model with hy-convert",
-        )
+    require_family(path, keys)
     files = _parts(path, keys)
     for file in files[1:]:
         shapes |= _head(file)[1]
     return Model(path, files, keys, shapes)
+
+
+def require_family(path: Path, keys: Mapping[str, Scalar]) -> None:
+    """Raise ModelFileError for a GGUF of another architecture, or of none."""
+    if (found := keys.get("general.architecture", "none")) not in ARCHITECTURES:
+        raise ModelFileError(
+            f"{path}: architecture", got=found, expected=" or ".join(ARCHITECTURES), fix="make a model with hy-convert"
+        )
 
 
 def _parts(path: Path, keys: Mapping[str, Scalar]) -> tuple[Path, ...]:
@@ -135,32 +138,6 @@ def _parts(path: Path, keys: Mapping[str, Scalar]) -> tuple[Path, ...]:
 def _head(path: Path) -> tuple[dict[str, Scalar], dict[str, tuple[int, ...]]]:
     if path.is_dir():
         raise ModelFileError(f"{path}: model", got="a folder", expected="a GGUF file", fix="make one with hy-convert")
-    keys: dict[str, Scalar] = {}
     with cursor(path) as at:
-        n_tensors, n_kv = at.begin()
-        for key, kind in at.keys(n_kv):
-            if kind == ARRAY:
-                _skip_array(at)
-            else:
-                keys[key] = at.single(kind)
-        shapes = dict(_tensor(at, f"tensor {i + 1} of {n_tensors}") for i in range(n_tensors))
-    return keys, shapes
-
-
-def _skip_array(at: Cursor) -> None:
-    kind, count = at.array()
-    if kind == STRING:
-        at.skip_strings(count)
-    else:
-        at.at += count * SCALARS[kind].size
-
-
-def _tensor(at: Cursor, where: str) -> tuple[str, tuple[int, ...]]:
-    """Give name and row-major shape; type and offset are stepped over."""
-    at.where = where
-    name, n_dims = at.string(MAX_KEY_BYTES), at.u32()
-    if not 1 <= n_dims <= 4:
-        raise at.malformed(f"{n_dims} dimensions", "from 1 to 4")
-    shape = tuple(reversed([at.u64() for _ in range(n_dims)]))
-    at.u32(), at.u64()
-    return name, shape
+        part = read_part(at)
+    return part.keys, {name: tensor.shape for name, tensor in part.tensors.items()}

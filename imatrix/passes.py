@@ -246,4 +246,5 @@ class _Tool:
             )
         reasons = [next(filter(None, found.groups())) for line in self.tail if (found := _ERROR.search(line))]
         why = reasons[-1].strip() if reasons else f"exit status {status}"
-        return EngineError(f"{TOOL} failed", got=why, fix="-v shows all it says; the same command goes on")
+        goes_on = "; the same command goes on" if self.todo.part.exists() else ""
+        return EngineError(f"{TOOL} failed", got=why, fix=f"-v shows all it says{goes_on}")

@@ -13,7 +13,7 @@ from hymoe.engine.evaluator import Evaluator
 from hymoe.errors import ModelFileError
 from hymoe.imatrix import heldout
 from hymoe.imatrix.divergence import Quality, Reference, Tally
-from hymoe.imatrix.weights import GgufWeights
+from hymoe.imatrix.weights import SOURCES, GgufWeights, matrices
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -61,6 +61,7 @@ def measure(options: QualityOptions) -> list[Measured]:
         others = [stack.enter_context(GgufWeights(path)) for path in options.files]
         for path, other in zip(options.files, others, strict=True):
             _require_same(path, first, other)
+        _warn_of_coarse(options.reference, first)
         texts = heldout.documents(options.text, first.chat_template)
         reference = stack.enter_context(_recorded(options, texts))
         return [
@@ -95,6 +96,13 @@ def _compared(options: QualityOptions, path: Path, texts: Sequence[str], referen
     return tally.quality()
 
 
+def _warn_of_coarse(path: Path, reference: GgufWeights) -> None:
+    """Files in the wrong order give numbers, too."""
+    found = {reference.tensors[name].qtype.name for name in matrices(reference)} - set(SOURCES)
+    if found:
+        console.warn(f"{path.name} has {', '.join(sorted(found))}: what a reference lost itself does not show")
+
+
 def _require_same(path: Path, first: GgufWeights, other: GgufWeights) -> None:
     """Raise ModelFileError, naming the first tensor that differs, for another model."""
     for name, tensor in first.tensors.items():
@@ -102,16 +110,20 @@ def _require_same(path: Path, first: GgufWeights, other: GgufWeights) -> None:
         if found is None or found.shape != tensor.shape:
             got = "none" if found is None else f"{list(found.shape)}"
             raise ModelFileError(f"{path}: another model: {name}", got=got, expected=list(tensor.shape))
+    # Fewer layers of the same shapes. A quantization may have an output of its own where embeddings were tied.
+    for name, tensor in other.tensors.items():
+        if name.startswith("blk.") and name not in first.tensors:
+            raise ModelFileError(f"{path}: another model: {name}", got=list(tensor.shape), expected="none")
 
 
 def table(rows: Sequence[Measured], *, perplexity: bool) -> Table:
     """One line per file."""
     from rich.table import Table
 
-    result = Table(box=None, header_style="")
+    result = Table(box=None, header_style="", pad_edge=False)
     columns = ("file", "size", "bits/weight", "mean KL", "±", "99 %", "max", "top-1")
     for column in (*columns, *(("perplexity",) if perplexity else ())):
-        result.add_column(column, justify="left" if column == "file" else "right", no_wrap=column != "file")
+        result.add_column(column, justify="left" if column == "file" else "right")
     for row in rows:
         q = row.quality
         cells = (f"{q.mean:.5f}", f"{q.error:.5f}", f"{q.p99:.4f}", f"{q.largest:.3f}", f"{100 * q.top1:.2f} %")

@@ -51,12 +51,16 @@ def quality(
     """
     import json
 
+    from hymoe.imatrix.collect import check_output
+    from hymoe.imatrix.files import write_text
     from hymoe.imatrix.quality import QualityOptions, measure, table
     from hymoe.imatrix.weights import n_processors
 
     console.set_verbosity(quiet=quiet, verbose=verbose)
-    if plot is not None and plot.suffix != ".svg":
-        raise OutputError(f"{plot.name}", got=f"the ending {plot.suffix!r}", expected=".svg")
+    if plot is not None:
+        if plot.suffix != ".svg":
+            raise OutputError(f"{plot.name}", got=f"the ending {plot.suffix!r}", expected=".svg")
+        check_output(plot, overwrite=True)
     options = QualityOptions(
         reference=reference,
         files=tuple(quantized),
@@ -69,10 +73,10 @@ def quality(
     if as_json:
         console.result(json.dumps([row.to_json() for row in rows], indent=2))
     else:
-        console.table(table(rows, perplexity=perplexity))
+        console.table(table(rows, perplexity=perplexity), whole=True)
     if plot is not None:
         from hymoe.imatrix.plot import Point, svg
 
         points = [Point(row.bits_per_weight, row.quality.mean, Path(row.file).stem) for row in rows]
-        plot.write_text(svg({reference.stem: points}), encoding="utf-8")
+        write_text(plot, svg({reference.stem: points}))
         console.status(f"{plot}: written")

@@ -82,6 +82,8 @@ def recipe(
     The error of each type on each tensor is measured on samples of its rows; what an error costs is measured by running
     the model with one tensor changed at a time. Both are kept, so that another budget takes seconds.
     """
+    from hymoe.imatrix.collect import check_output
+    from hymoe.imatrix.files import write_text
     from hymoe.imatrix.recipe_text import recipe_text
     from hymoe.imatrix.recommend import MENU, RecipeOptions, recommend
     from hymoe.imatrix.weights import n_processors
@@ -89,8 +91,13 @@ def recipe(
     console.set_verbosity(quiet=quiet, verbose=verbose)
     if sum(budget is not None for budget in (fit, size, bpw)) != 1:
         raise typer.BadParameter("give one of --fit, --size and --bpw")
+    needs_fit = {"--kv": kv, "--speed-table": speed_table, "--min-speed": min_speed}
+    if fit is None and (lost := [name for name, given in needs_fit.items() if given is not None]):
+        raise typer.BadParameter("is for --fit", param_hint=lost[0])
+    if min_speed is not None and not speed:
+        raise typer.BadParameter("is nothing with --no-speed", param_hint="--min-speed")
     if out is not None:
-        _check_output(out, overwrite=overwrite)
+        check_output(out, overwrite=overwrite)
     options = RecipeOptions(
         model=model,
         imatrix=imatrix,
@@ -110,7 +117,7 @@ def recipe(
     if out is None:
         console.result(recipe_text(found), end="")
         return
-    out.write_text(recipe_text(found), encoding="utf-8")
+    write_text(out, recipe_text(found))
     console.status(f"{out}: {found.bits:.3f} bits per weight, predicted loss {found.loss:.4g} nats per token")
 
 
@@ -149,12 +156,3 @@ def _speeds(path: Path) -> dict[str, float]:
     if not isinstance(found, dict) or not all(isinstance(v, int | float) and v > 0 for v in found.values()):
         raise UnsupportedError(f"{path}: speed table", expected=expected)
     return {str(name): float(value) for name, value in found.items()}
-
-
-def _check_output(out: Path, *, overwrite: bool) -> None:
-    from hymoe.errors import OutputError
-
-    if out.exists() and not overwrite:
-        raise OutputError(f"{out} exists", fix="choose another name, or pass --overwrite")
-    if not out.parent.is_dir():
-        raise OutputError(f"{out.parent}: no such folder", fix="make it first")

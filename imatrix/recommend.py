@@ -20,6 +20,7 @@ from hymoe.imatrix import distortion, files, heldout, sensitivity
 from hymoe.imatrix.allocate import Choice, Item, Option, least_bytes, solve_one, solve_two
 from hymoe.imatrix.budget import Budget
 from hymoe.imatrix.files import Imatrix
+from hymoe.imatrix.model import require_family
 from hymoe.imatrix.state import State
 from hymoe.imatrix.weights import SOURCES, GgufWeights, Weights, layer_of_experts, matrices
 from hymoe.sizes import padded, tensor_bytes
@@ -147,12 +148,16 @@ def recommend(options: RecipeOptions) -> Recommendation:
 
 @contextmanager
 def open_weights(model: Path) -> Iterator[Weights]:
-    """Open a GGUF in full precision or as Q8_0, or a checkpoint folder. Raises ModelFileError for a coarser GGUF."""
+    """Open a GGUF in full precision or as Q8_0, or a checkpoint folder.
+
+    Raises ModelFileError for a coarser GGUF, and for one of another architecture.
+    """
     if model.is_dir():
         with import_module(CHECKPOINTS).open_rows(model) as rows:
             yield rows
         return
     with GgufWeights(model) as weights:
+        require_family(model, weights.keys)
         for name in matrices(weights):
             if (found := weights.tensors[name].qtype.name) not in SOURCES:
                 raise ModelFileError(
@@ -183,7 +188,9 @@ def evidence(
     if measured and isinstance(weights, GgufWeights):
         texts = heldout.calibration(options.text, weights.chat_template)
         # What an error costs is the model's own, whatever it was weighted with when it was measured.
-        state = State(["sensitivity", STATE_VERSION, weights.identity, sensitivity.PROBES, MEASURED_TOKENS, texts])
+        state = State(
+            ["sensitivity by tokens", STATE_VERSION, weights.identity, sensitivity.PROBES, MEASURED_TOKENS, texts]
+        )
         return errors, state.get(lambda: _measured_costs(options, weights, names, imatrix, texts)), True
     return errors, sensitivity.assumed(names, n_layer, sensitivity.shipped()["sensitivity"]), False
 
@@ -341,10 +348,11 @@ def _fitting(problem: _Problem, budget: Budget) -> Choice | None:
 
 def _faster(problem: _Problem, card: int, ram: int, seconds: float) -> Choice:
     """Raise the price of time until it is met, then lower it as far as it stays so."""
-    low, high, best = 0.0, 1.0, None
+    low, high, best, least = 0.0, 1.0, None, inf
     for _ in range(24):
         choice = solve_two(problem.items, card, ram, price=high if best is None else (low + high) / 2)
-        met = choice is not None and _seconds(problem, choice) <= seconds
+        needed = _seconds(problem, choice) if choice else inf
+        met, least = needed <= seconds, min(least, needed)
         if best is None and not met:
             low, high = high, 10 * high
         elif met:
@@ -352,7 +360,8 @@ def _faster(problem: _Problem, card: int, ram: int, seconds: float) -> Choice:
         else:
             low = (low + high) / 2
     if best is None:
-        raise BudgetError("--min-speed", got=problem.options.min_speed, expected="a speed that this processor has")
+        most = f"at most {1 / least:.3g} tokens per second, what the processor's fastest types give"
+        raise BudgetError("--min-speed", got=problem.options.min_speed, expected=most)
     return best
 
 

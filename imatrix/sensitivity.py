@@ -18,7 +18,7 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from hymoe.errors import ModelFileError
-from hymoe.imatrix.distortion import Errors, importance_of, is_possible, requantized, to_bf16
+from hymoe.imatrix.distortion import Errors, importance_of, is_possible, requantized, to_bf16, usage_of
 from hymoe.imatrix.divergence import Reference, Tally
 from hymoe.imatrix.files import Imatrix
 from hymoe.imatrix.weights import Bytes, Floats, GgufWeights, Tensor
@@ -51,7 +51,7 @@ def measure(
         weight = importance.get(name)
         n_per_row = weights.tensors[name].shape[-1]
         probe = next(qtype for qtype in PROBES if is_possible(qtype, n_per_row, weight is not None))
-        intact, changed, error = _exchanged(weights, name, probe, weight)
+        intact, changed, error = _exchanged(weights, name, probe, weight, imatrix)
         tally = Tally()
         model.set_weight(name, changed)
         for n in reference.compare(model, tally, name):
@@ -62,12 +62,13 @@ def measure(
 
 
 def _exchanged(
-    weights: GgufWeights, name: str, probe: GGMLQuantizationType, importance: Floats | None
+    weights: GgufWeights, name: str, probe: GGMLQuantizationType, importance: Floats | None, imatrix: Imatrix | None
 ) -> tuple[Bytes, Bytes, float]:
-    """Give the tensor's bytes, those after the probe's type, and the relative output error between them."""
+    """Give the tensor's bytes, those after the probe's type, and the relative output error, as distortion has it."""
     tensor = weights.tensors[name]
     intact, changed = [], []
     squares = energy = 0.0
+    usage = usage_of(imatrix, name, tensor)
     for index in range(tensor.n_slice):
         rows = range(tensor.n_rows)
         values = weights.rows(name, index, rows)
@@ -76,8 +77,8 @@ def _exchanged(
         intact.append(weights.stored(name, index, rows).reshape(-1))
         changed.append(_encoded(other, tensor.qtype, name))
         columns = np.ones(values.shape[1]) if weight is None else weight.astype(np.float64)
-        squares += float(np.square(other - values, dtype=np.float64).sum(0) @ columns)
-        energy += float(np.square(values, dtype=np.float64).sum(0) @ columns)
+        squares += usage[index] * float(np.square(other - values, dtype=np.float64).sum(0) @ columns)
+        energy += usage[index] * float(np.square(values, dtype=np.float64).sum(0) @ columns)
     return np.concatenate(intact), np.concatenate(changed), squares / energy if energy else 0.0
 
 

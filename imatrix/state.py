@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from hymoe import console
 
 
 class State:
@@ -24,8 +27,11 @@ class State:
         except (OSError, ValueError):
             pass
         found = measure()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(found), encoding="utf-8")
-        part.replace(self.path)
+        part = self.path.with_suffix(f".{os.getpid()}.part")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(json.dumps(found), encoding="utf-8")
+            part.replace(self.path)
+        except OSError as exc:
+            console.warn(f"{self.path}: not kept for the next time ({exc.strerror})")
         return found

@@ -19,7 +19,7 @@ from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from hymoe.errors import ModelFileError
-from hymoe.gguf_head import ARRAY, SCALARS, STRING, Cursor, Scalar, cursor
+from hymoe.gguf_head import ARRAY, MAX_KEY_BYTES, SCALARS, STRING, Cursor, Scalar, cursor
 from hymoe.sizes import ALIGNMENT, padded, row_bytes, tensor_bytes
 
 Floats = NDArray[np.float32]
@@ -99,7 +99,7 @@ class GgufWeights:
         keys: dict[str, Scalar] = {}
         for part in parts_of(path):
             with cursor(part) as at:
-                found = _read_part(at)
+                found = read_part(at)
             self._open(part, found, digest)
             keys = keys or found.keys
         self.identity = digest.hexdigest()
@@ -127,7 +127,7 @@ class GgufWeights:
     def __exit__(self, *_exc: object) -> None:
         self._stack.close()
 
-    def _open(self, path: Path, found: _Part, digest: hashlib._Hash) -> None:
+    def _open(self, path: Path, found: Part, digest: hashlib._Hash) -> None:
         number = os.open(path, os.O_RDONLY)
         self._stack.callback(os.close, number)
         stat = os.fstat(number)
@@ -200,7 +200,9 @@ def hparams_of(architecture: str, keys: Mapping[str, object]) -> dict[str, int]:
     }
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
+    """A file's head: keys whose value is no array, tensors, their offsets in the file, begin and end of its data."""
+
     keys: dict[str, Scalar]
     tensors: dict[str, Tensor]
     offsets: dict[str, int]
@@ -208,14 +210,15 @@ class _Part(NamedTuple):
     end: int
 
 
-def _read_part(at: Cursor) -> _Part:
+def read_part(at: Cursor) -> Part:
+    """Read the head of one file of a model. Raises ModelFileError for what is damaged."""
     n_tensors, n_kv = at.begin()
     keys = dict(_scalars(at, n_kv))
     tensors: dict[str, Tensor] = {}
     offsets: dict[str, int] = {}
     for index in range(n_tensors):
         at.where = f"tensor {index + 1} of {n_tensors}"
-        name, n_dims = at.string(1 << 16), at.u32()
+        name, n_dims = at.string(MAX_KEY_BYTES), at.u32()
         if not 1 <= n_dims <= 4:
             raise at.malformed(f"{n_dims} dimensions", "from 1 to 4")
         shape = tuple(reversed([at.u64() for _ in range(n_dims)]))
@@ -231,7 +234,7 @@ def _read_part(at: Cursor) -> _Part:
     begin = padded(at.at, alignment)
     offsets = {name: begin + offset for name, offset in offsets.items()}
     end = max((offsets[name] + tensor_bytes(*tensor) for name, tensor in tensors.items()), default=begin)
-    return _Part(keys, tensors, offsets, begin, end)
+    return Part(keys, tensors, offsets, begin, end)
 
 
 def _scalars(at: Cursor, n_kv: int) -> Iterator[tuple[str, Scalar]]:

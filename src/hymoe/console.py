@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 PLAIN_PROGRESS_SECONDS = 5.0
+WIDEST = 1000  # columns
 
 _verbosity = 0
 _drawing: Console | None = None  # what a bar or a line at the foot is drawn on: other lines go above it
@@ -43,11 +44,18 @@ def result(text: str = "", *, end: str = "\n") -> None:
     sys.stdout.flush()
 
 
-def table(renderable: RenderableType) -> None:
-    """Write a rich table (or any renderable) to stdout."""
+def table(renderable: RenderableType, *, whole: bool = False) -> None:
+    """Write a rich table (or any renderable) to stdout.
+
+    whole: where the terminal is narrower let it break lines, instead of leaving out parts of numbers and names.
+    """
     from rich.console import Console
 
-    Console(file=sys.stdout, highlight=False).print(renderable)
+    console = Console(file=sys.stdout, highlight=False)
+    if whole:
+        wanted = console.measure(renderable, options=console.options.update(max_width=WIDEST)).maximum
+        console.width = max(console.width, wanted)
+    console.print(renderable)
 
 
 def status(text: str) -> None:

@@ -166,6 +166,12 @@ def test_nan_names_the_tensor(tiny: Path, tmp_path: Path, capsys: pytest.Capture
     assert err.count("\n") <= 2  # one status line before it
 
 
+def test_an_argument_that_the_tool_refuses(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing was begun, so there is nothing to go on with."""
+    assert hy_imatrix("collect", tiny, "-o", tmp_path / "i.gguf", *CHUNK, "--", "--nonsense") == 1
+    assert "invalid argument: --nonsense; -v shows all it says\n" in capsys.readouterr().err
+
+
 def test_text_that_is_no_text(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words, out = tmp_path / "t.txt", tmp_path / "i.gguf"
     for content, says in {"": "got an empty file", "abc": "the text is too short: got 3 tokens, expected 64"}.items():

@@ -102,6 +102,14 @@ def test_lines_that_are_no_conversation(line: str, says: str, tmp_path: Path) ->
     assert says in str(caught.value)
 
 
+def test_a_line_of_json_may_hold_other_ends_of_lines(tmp_path: Path) -> None:
+    said = "one\u2028two\u0085three"
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps([{"role": "user", "content": said}], ensure_ascii=False) + "\r\n", encoding="utf-8")
+    (found,) = conversations.read(path).conversations
+    assert found.messages == [{"role": "user", "content": said}]
+
+
 def test_files_that_are_no_text(tmp_path: Path) -> None:
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(UnsupportedError, match="got no UTF-8"):

@@ -82,15 +82,20 @@ def test_a_note_that_cannot_be(line: str) -> None:
 
 
 def test_show(file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["show", str(file), "--floor", "50", "--top", "1"]
     monkeypatch.setenv("COLUMNS", "100")
-    assert main(["show", str(file), "--floor", "50", "--top", "1"]) == 0
+    assert main(command) == 0
     out, err = capsys.readouterr()
     rows = [line.split() for line in out.splitlines()]
     assert rows[1] == ["0", "200", "100", "100", "100", "0.00", "25", "%", "0", "of", "4"]
     assert rows[2] == ["3", "200", "0", "50", "300", "0.61", "75", "%", "2", "of", "4"]
-    assert rows[3:] == [["0", "▅▅▅▅"], ["3", "·▁▄█"]]
+    assert rows[3:] == [["0", "▄▄▄▄"], ["3", "·▁▄█"]]
     assert "2 of 8 experts met fewer than 50 tokens: hy-imatrix repair fills them" in err
     assert "\x1b" not in out
+    # A narrow terminal breaks lines itself; no digit is left out.
+    monkeypatch.setenv("COLUMNS", "8")
+    assert main(command) == 0
+    assert capsys.readouterr().out == out
 
 
 def test_json_usage_and_png(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -143,7 +143,10 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "text": (lambda p: p.write_text("hello\n" * 99), "no importance matrix: got another kind of file"),
     "zeros": (lambda p: p.write_bytes(bytes(64)), "no importance matrix: got another kind of file"),
     "legacy cut in a name": (lambda p: p.write_bytes(legacy()[:15]), "another kind of file, or a truncated one"),
-    "legacy cut in values": (lambda p: p.write_bytes(legacy()[:-3]), "got blk.0.a.weight with 3 values in 39 bytes"),
+    "legacy cut in values": (
+        lambda p: p.write_bytes(legacy()[:-3]),
+        "got a file that ends in blk.0.a.weight, 9 of 12 bytes",
+    ),
     "legacy cut in its tail": (lambda p: p.write_bytes(legacy(tail=b"\1")), "got a truncated file"),
     "legacy with a wild name": (lambda p: p.write_bytes(legacy(name=b"\xff\xfe")), "another kind of file"),
     "GGUF cut in its head": (lambda p: p.write_bytes(b"GGUF\3\0\0\0\1"), "a damaged GGUF"),

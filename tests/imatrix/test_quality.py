@@ -71,6 +71,27 @@ def test_a_table_and_a_plot(gguf: Path, coarse: Path, tmp_path: Path, capfd: pyt
     assert capfd.readouterr().out.splitlines()[0].split()[-1] == "perplexity"
     assert run(gguf, coarse, "--plot", tmp_path / "plot.png") == 1
     assert "plot.png: got the ending '.png', expected .svg" in capfd.readouterr().err
+    assert run(coarse, gguf, "--tokens", 300) == 0
+    assert "warning: Q3_K_M.gguf has Q3_K, Q4_K, Q5_K, Q6_K: what a reference lost itself does not show" in (
+        capfd.readouterr().err
+    )
+    nowhere = tmp_path / "nowhere"
+    assert run(gguf, coarse, "--plot", nowhere / "plot.svg") == 1
+    assert (said := capfd.readouterr()).out == ""
+    assert f"no folder {nowhere}" in said.err
+    assert run(gguf, coarse, "--work", nowhere) == 1
+    assert f"error: {nowhere}: no place for the logits" in capfd.readouterr().err
+
+
+def test_files_are_told_apart_however_narrow_it_is(
+    gguf: Path, coarse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "50")
+    names = [f"a-name-as-long-as-those-that-people-give-{i}.gguf" for i in range(2)]
+    for name in names:
+        (tmp_path / name).symlink_to(coarse)
+    assert run(gguf, *(tmp_path / name for name in names), "--tokens", 300) == 0
+    assert [line.split()[0] for line in capfd.readouterr().out.splitlines()[1:]] == names
 
 
 def test_a_plot_holds_every_point_in_its_frame() -> None:
@@ -90,6 +111,10 @@ def test_other_models_and_texts(
 ) -> None:
     deeper, words = tmp_path / "deeper.gguf", tmp_path / "words.gguf"
     convert(ConvertOptions(miniature.write(tmp_path / "a", Spec(n_layer=3, n_expert=5, n_expert_used=2)), deeper))
+    more, shape = tmp_path / "more.gguf", Spec(n_layer=3, n_expert=4, n_expert_used=2)
+    convert(ConvertOptions(miniature.write(tmp_path / "c", shape), more))
+    assert run(gguf, more) == 1
+    assert "more.gguf: another model: blk.2.attn_" in capfd.readouterr().err
     vocabulary = Spec(n_layer=2, n_expert=4, n_expert_used=2, n_rank=1700)
     convert(ConvertOptions(miniature.write(tmp_path / "b", vocabulary), words))
     assert run(gguf, deeper) == 1

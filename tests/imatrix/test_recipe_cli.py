@@ -98,6 +98,17 @@ def test_a_menu_is_kept(gguf: Path, short_text: Path, capfd: pytest.CaptureFixtu
     assert types == {"Q6_K", "Q3_K"}
 
 
+def test_a_cache_that_cannot_be_written(
+    gguf: Path, short_text: Path, cache: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    cache.parent.mkdir()
+    cache.touch()
+    assert run(gguf, "--bpw", 5, "--no-measure", "--text", short_text) == 0
+    out, err = capfd.readouterr()
+    assert "Predicted loss" in out
+    assert "not kept for the next time (" in err
+
+
 def test_a_checkpoint_without_weights_and_one_with(
     mini_checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -129,6 +140,12 @@ BAD = {
     "two budgets": (("--bpw", "4", "--size", "4M"), 2, "give one of"),
     "half a fit": (("--fit", "24G"), 2, "is no pair of memories"),
     "a type nobody has": (("--bpw", "4", "--menu", "Q4_K_M"), 2, "'Q4_K_M': give one of Q8_0"),
+    "memory without one": (("--bpw", "4", "--kv", "Q8_0"), 2, "for --kv: is for --fit"),
+    "a speed that does not count": (
+        ("--fit", "24G+64G", "--no-speed", "--min-speed", "9"),
+        2,
+        "is nothing with --no-s",
+    ),
     "no such model": (("--bpw", "4"), 1, "none.gguf: no such file"),
 }
 
@@ -154,9 +171,11 @@ def test_files_of_something_else(
     assert convert([str(mini_checkpoint), str(small), "--quant", "Q4_K_M", "-q"]) == 0
     assert run(small, "--bpw", 4) == 1
     assert "small.gguf: token_embd.weight: a model to measure: got Q6_K, expected one of F32" in capfd.readouterr().err
+    assert run(other, "--bpw", 4) == 1
+    assert "other.gguf: architecture: got none, expected hunyuan-moe" in capfd.readouterr().err
     (tmp_path / "there").touch()
     assert run(gguf, "--bpw", 4, "-o", tmp_path / "there") == 1
-    assert "there exists; choose another name" in capfd.readouterr().err
+    assert "there exists; pass --overwrite" in capfd.readouterr().err
     (tmp_path / "cut.gguf").write_bytes(gguf.read_bytes()[:-100])
     assert run(tmp_path / "cut.gguf", "--bpw", 4) == 1
     assert "cut.gguf: truncated" in capfd.readouterr().err
@@ -188,6 +207,9 @@ def test_speed_in_ram_counts(data: Path, tmp_path: Path, capfd: pytest.CaptureFi
     table = tmp_path / "speeds.json"
     table.write_text(json.dumps(speeds))
     common = (data / "a13b", "--fit", "24G+32G", "--speed-table", table, "--menu", ",".join(speeds))
+    assert run(*common, "--min-speed", 1000) == 1
+    most = re.search(r"got 1000.0, expected at most ([\d.]+) tokens per second", capfd.readouterr().err)
+    assert most
     found = []
     for wish in (("--min-speed", 0.01), ("--min-speed", 1.9)):
         assert run(*common, *wish) == 0
@@ -197,6 +219,7 @@ def test_speed_in_ram_counts(data: Path, tmp_path: Path, capfd: pytest.CaptureFi
         assert loss
         found.append((float(speed[1]), float(loss[1]), len(re.findall(r"exps\S+ = IQ", text))))
     (slow, least, many), (fast, more, few) = found
+    assert fast < float(most[1])
     assert slow < 1.9 <= fast
     assert least < more
     assert few < many

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from hymoe.engine.evaluator import Evaluator
 from hymoe.errors import ModelFileError
 from hymoe.imatrix import distortion, files, heldout, sensitivity
 from hymoe.imatrix.divergence import Reference, Tally
+from hymoe.imatrix.files import Entry
 from hymoe.imatrix.weights import GgufWeights, matrices
 
 Q8_0, Q4_K = GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_K
@@ -90,6 +92,30 @@ def test_a_sensitivity_tells_what_a_file_loses(
             predicted = costs[name] * errors[name]["Q4_K"]
             assert abs(math.log(tally.quality().mean / predicted)) < math.log(2), name
         reference.__exit__()
+
+
+def test_errors_and_what_they_cost_count_experts_alike(
+    gguf: Path, imatrix: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever experts met the tokens: error × cost is the divergence that was measured."""
+    monkeypatch.setattr(distortion, "N_SAMPLE", 1 << 20)
+    probe, even = sensitivity.PROBES[0], files.read(imatrix)
+    losses, errors = [], []
+    with GgufWeights(gguf) as weights, Evaluator(gguf, n_ctx=256, n_threads=1, repack=False) as model:
+        texts = heldout.documents((), weights.chat_template)
+        with Reference(heldout.tokens(model, texts, 300), model.n_vocab) as reference:
+            sum(reference.record(model))
+            for counts in ((1, 1, 1, 1), (997, 1, 1, 1)):
+                # The same importance, so the same quantization.
+                means, tokens = even.importance(DOWN).reshape(4, -1), np.array(counts)
+                entry = Entry((means * tokens[:, None]).astype(np.float32).reshape(-1), tokens)
+                other = replace(even, entries={**even.entries, DOWN: entry})
+                found = distortion.measure(weights, [DOWN], [probe], other, lambda _n: None, n_threads=1)
+                costs = sensitivity.measure(model, weights, [DOWN], reference, imatrix=other, tick=lambda _n: None)
+                errors.append(found[DOWN][probe.name])
+                losses.append(errors[-1] * costs[DOWN])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert errors[0] != pytest.approx(errors[1], rel=5e-3)
 
 
 def test_the_shipped_table_speaks_of_every_kind(gguf: Path) -> None:
