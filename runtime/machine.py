@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from math import ceil, inf
 from pathlib import Path
 from typing import Any, Final, Self
 
-from hymoe.errors import ServerError
-from hymoe.runtime import bandwidth, measuring
+from hymoe.runtime import bandwidth, measuring, workers
 
 ROOT: Final = Path("/")
 # Of a machine on paper: what its system keeps of the RAM, a desktop of a card, and what dual-channel DDR5-5600
@@ -22,7 +20,6 @@ PAPER_RAM_BANDWIDTH: Final = 60e9
 PAPER_VRAM_BANDWIDTH: Final = bandwidth.CARDS["RTX 3090"]
 PAPER_LINK: Final = bandwidth.PCIE4
 PAPER_CORES: Final = 8
-WORKER_SECONDS: Final = 5.0
 
 
 @dataclass(frozen=True)
@@ -103,29 +100,22 @@ class Machine:
 
 def probe(
     *,
-    vram: int | None = None,
     ram: int | None = None,
     threads: int | None = None,
     rpc: Sequence[str] = (),
     fresh: bool = False,
 ) -> Machine:
-    """Look at this machine. vram (bytes of each card), ram (bytes) and threads take the place of what is found.
+    """Look at this machine. ram (bytes) and threads take the place of what is found.
 
     rpc: workers as host:port. Bandwidths are measured the first time, a second or so, and remembered; `fresh`: measured
-    again. Raises EngineError where no engine is built, ServerError for a worker that does not answer.
+    again. Raises EngineError where no engine is built, WorkerError for a worker that does not answer.
     """
     total, usable = memory()
     n_core, n_fast_core = cores()
-    for worker in rpc:
-        _require(worker)
+    workers.check(rpc)
     listed = measuring.ask("devices", *(("--rpc", ",".join(rpc)) if rpc else ()))["devices"]
     speeds = bandwidth.measured(threads or n_core, usable, listed, rpc, fresh=fresh)
     devices = tuple(_device(found, speeds["devices"].get(found["name"], {})) for found in listed)
-    if vram is not None:
-        devices = tuple(
-            device if device.kind == "rpc" else replace(device, total=max(device.total, vram), free=vram)
-            for device in devices
-        )
     return Machine(
         devices=devices,
         ram_total=total if ram is None else max(total, ram),
@@ -134,19 +124,6 @@ def probe(
         n_fast_core=threads or n_fast_core,
         bandwidth=speeds["ram"],
     )
-
-
-def _require(worker: str) -> None:
-    """Raise ServerError for a worker that does not answer: the engine would abort, with a page of addresses."""
-    host, _, port = worker.rpartition(":")
-    if not host or not port.isdecimal():
-        raise ServerError("RPC worker", got=worker, expected="host:port")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=WORKER_SECONDS).close()
-    except (OSError, OverflowError) as exc:
-        raise ServerError(
-            f"RPC worker {worker}: no answer", got=exc, fix="start it on that machine: `hy-engine rpc`"
-        ) from exc
 
 
 def _device(found: Mapping[str, Any], speeds: Mapping[str, float]) -> Device:

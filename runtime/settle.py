@@ -16,7 +16,6 @@ from hymoe.runtime.tune import Tuned
 
 # Every round measures a setting, or one more placement of it; two or three are usual.
 MAX_ROUNDS: Final = 64
-MORE_FREE: Final = 2.0  # what margins are multiplied by
 
 
 def settle(file: Path, layout: Layout, machine: Machine, wish: Wish, tuned: Tuned | None = None) -> Plan:
@@ -40,12 +39,6 @@ def settle(file: Path, layout: Layout, machine: Machine, wish: Wish, tuned: Tune
         before = known.get(key, {})
         known[key] = {name: max(n_bytes, before.get(name, 0)) for name, n_bytes in measured.items()}
     raise PlacementError(f"{layout.name}: no placement came out that the engine counts as planned")
-
-
-def smaller(file: Path, found: Plan) -> Plan:
-    """Make a plan that leaves more free, for where this one ran out of memory all the same. Raises as `settle`."""
-    wish = replace(found.wish, margin=found.wish.margin * MORE_FREE)
-    return settle(file, found.layout, found.machine, wish, found.tuned)
 
 
 def _key(setting: Setting, devices: tuple[Device, ...]) -> object:
