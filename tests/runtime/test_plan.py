@@ -320,6 +320,9 @@ def test_without_flash_attention_the_cache_is_exact(a13b: Layout) -> None:
     found = plan.make(a13b, machine(24), Wish(32768, flash=False))
     check(found)
     assert (found.setting.kv_type, found.setting.flash) == ("f16", False)
+    with pytest.raises(PlacementError, match="does not fit") as caught:
+        plan.make(a13b, machine(12, ram=24), Wish(32768, flash=False))
+    assert "cache" not in str(caught.value)
     with pytest.raises(PlacementError, match="without flash attention: got q8_0, expected f16"):
         plan.make(a13b, machine(24), Wish(32768, flash=False, kv_type="q8_0"))
 
