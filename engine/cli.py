@@ -94,7 +94,8 @@ def rpc(
         typer.Option(metavar="NAME", help="Offer this device; may be repeated.", show_default="all GPUs"),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads of the processor as a device.", show_default="half of the cores")
+        int | None,
+        typer.Option(min=1, max=512, help="Threads of the processor as a device.", show_default="half of the cores"),
     ] = None,
     cache: Annotated[bool, typer.Option("--cache", help="Keep what is sent on disk, for the next time.")] = False,
     quiet: Quiet = False,

@@ -101,9 +101,12 @@ def cache_bytes(root: Path = Path("/")) -> int:
     """Give the bytes of all caches of the last level together; 32 MiB where the system does not say."""
     sizes: dict[tuple[int, str], int] = {}  # by level and the processors that share it
     for folder in (root / "sys/devices/system/cpu").glob("cpu[0-9]*/cache/index[0-9]*"):
-        level, size, shared = (
-            (folder / name).read_text(encoding="ascii").strip() for name in ("level", "size", "shared_cpu_list")
-        )
+        try:
+            level, size, shared = (
+                (folder / name).read_text(encoding="ascii").strip() for name in ("level", "size", "shared_cpu_list")
+            )
+        except OSError:  # firmware of many Arm boards does not say a cache's size
+            continue
         sizes[int(level), shared] = int(size.rstrip("KMG")) << {"K": 10, "M": 20, "G": 30}.get(size[-1:], 0)
     last = max((level for level, _ in sizes), default=0)
     return sum(size for (level, _), size in sizes.items() if level == last) or 32 << 20

@@ -54,10 +54,15 @@ def check_api_key(key: str | None) -> None:
 def keys_of(file: Path) -> list[str]:
     """Read a file of keys as the engine does: one a line, # begins a comment. Raises ServerError for none."""
     try:
-        lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+        # not read_text: the engine takes a carriage return for part of the key
+        lines = file.read_bytes().decode("utf-8", "replace").split("\n")
     except OSError as exc:
         raise ServerError(f"--api-key-file {file}: cannot be read", got=exc.strerror or exc) from exc
     keys = [line for line in lines if line and not line.startswith("#")]
+    if any(key.endswith("\r") for key in keys):
+        raise ServerError(
+            f"--api-key-file {file}", got="line ends of Windows", expected="a newline alone", fix="dos2unix mends it"
+        )
     if not keys:
         raise ServerError(f"--api-key-file {file}", got="no key in it", expected="one a line")
     return keys

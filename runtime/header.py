@@ -6,11 +6,12 @@ Arrays are skipped, not built: a vocabulary of 128,000 strings costs some 50 ms 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
+from hymoe import sizes
 from hymoe.errors import ModelFileError
 from hymoe.gguf_head import ARRAY, SCALARS, STRING, Cursor, Scalar, TensorInfo, cursor
 
@@ -114,19 +115,42 @@ def parts(model: Path) -> list[Path]:
 
 def tensors(first: Header) -> list[TensorInfo]:
     """Read the tensor tables of all parts of a model. Raises ModelFileError as `read` does, and for a missing part."""
+    return [info for _, table, _ in _tables(first) for info in table]
+
+
+def require_data(first: Header) -> None:
+    """See that all parts are as long as their tables say, which a download that was cut short is not.
+
+    Raises ModelFileError, and as `tensors` does; ValueError for a type that ggml lacks, or rows that are no whole
+    number of blocks.
+    """
+    from gguf import GGMLQuantizationType
+
+    for header, table, end in _tables(first):
+        alignment = header.scalars.get("general.alignment", sizes.ALIGNMENT)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise ModelFileError(f"{header.path}: general.alignment", got=alignment, expected="a number of bytes")
+        ends = (info.offset + sizes.tensor_bytes(info.shape, GGMLQuantizationType(info.kind)) for info in table)
+        expected = sizes.padded(end, alignment) + max(ends, default=0)
+        got = header.path.stat().st_size
+        if got < expected:
+            fix = "download or convert it again"
+            raise ModelFileError(f"{header.path}: cut short", got=f"{got} bytes", expected=f"{expected}", fix=fix)
+
+
+def _tables(first: Header) -> Iterator[tuple[Header, list[TensorInfo], int]]:
+    """Give each part's head, its tensor table, and where that ends."""
     files = parts(first.path)
     wanted = first.scalars.get("split.count", 1)
     if wanted and len(files) != wanted:
         raise ModelFileError(
             f"{first.path}: parts", got=len(files), expected=wanted, fix="download the others beside it"
         )
-    found: list[TensorInfo] = []
     for file in files:
         header = first if file == first.path else read(file)
         with cursor(file) as at:
             at.at = header.table.offset
-            found += at.tensors(header.table.count)
-    return found
+            yield header, list(at.tensors(header.table.count)), at.at
 
 
 def token_ids(header: Header, wanted: Collection[str]) -> dict[str, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from math import ceil, inf
 from pathlib import Path
 from typing import Any, Final, Self
@@ -100,28 +100,22 @@ class Machine:
 
 def probe(
     *,
-    vram: int | None = None,
     ram: int | None = None,
     threads: int | None = None,
     rpc: Sequence[str] = (),
     fresh: bool = False,
 ) -> Machine:
-    """Look at this machine. vram (bytes of each card), ram (bytes) and threads take the place of what is found.
+    """Look at this machine. ram (bytes) and threads take the place of what is found.
 
     rpc: workers as host:port. Bandwidths are measured the first time, a second or so, and remembered; `fresh`: measured
-    again. Raises EngineError where no engine is built, ServerError for a worker that does not answer.
+    again. Raises EngineError where no engine is built, WorkerError for a worker that does not answer.
     """
     total, usable = memory()
     n_core, n_fast_core = cores()
-    workers.check(workers.parse(",".join(rpc)))
+    workers.check(rpc)
     listed = measuring.ask("devices", *(("--rpc", ",".join(rpc)) if rpc else ()))["devices"]
     speeds = bandwidth.measured(threads or n_core, usable, listed, rpc, fresh=fresh)
     devices = tuple(_device(found, speeds["devices"].get(found["name"], {})) for found in listed)
-    if vram is not None:
-        devices = tuple(
-            device if device.kind == "rpc" else replace(device, total=max(device.total, vram), free=vram)
-            for device in devices
-        )
     return Machine(
         devices=devices,
         ram_total=total if ram is None else max(total, ram),

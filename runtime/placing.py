@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hymoe import console
 from hymoe.errors import PlacementError
-from hymoe.runtime import header, workers
+from hymoe.runtime import header
 from hymoe.runtime.server import ServerOptions, check_flags, context_size
 
 if TYPE_CHECKING:
@@ -31,6 +31,12 @@ WISHES: Final = {
     **dict.fromkeys(("-ub", "--ubatch-size"), "n_ubatch"),
     **dict.fromkeys(("-np", "--parallel"), "n_parallel"),
     **dict.fromkeys(("-ctk", "--cache-type-k"), "kv_type"),
+    **dict.fromkeys(("-fa", "--flash-attn"), "flash"),
+}
+# What the engine takes for on and off; "auto" leaves it to the plan.
+SWITCH: Final = {
+    **dict.fromkeys(("on", "enabled", "true", "1"), True),
+    **dict.fromkeys(("off", "disabled", "false", "0"), False),
 }
 # Of what a plan took of a memory that was too small for it: what the next one may count on.
 LESS: Final = 0.9
@@ -50,7 +56,6 @@ def place(options: ServerOptions) -> ServerOptions:
     if given := [word for word in options.extra if word.split("=", 1)[0] in PLACING]:
         console.status(f"placed as {given[0]} says, without a plan")
         return options
-    workers.check(options.rpc)
     n_ctx = None if options.ctx is None else context_size(options.ctx, about)
     wish = replace(_wish(options, about), n_ctx=n_ctx)
     return replace(options, plan=_plan(options.model, probe(threads=options.threads, rpc=options.rpc), wish))
@@ -108,7 +113,9 @@ def _plan(model: Path, machine: Machine, wish: Wish) -> Plan:
     from hymoe.runtime import layout, tune
     from hymoe.runtime.settle import settle
 
-    return settle(model, layout.read(model), machine, wish, tune.known(model, machine))
+    about = layout.read(model)
+    header.require_data(header.read(model))
+    return settle(model, about, machine, wish, tune.known(model, machine))
 
 
 def _wish(options: ServerOptions, about: header.Header) -> Wish:
@@ -131,5 +138,7 @@ def _pairs(extra: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
         field = WISHES.get(flag)
         if field == "kv_type":
             yield field, value
+        elif field == "flash":
+            yield field, SWITCH.get(value)
         elif field is not None and value.isdecimal() and int(value) > 0:
             yield field, int(value)

@@ -85,8 +85,13 @@ def _check(layout: Layout, wish: Wish) -> None:
     if wish.purpose not in PURPOSES:
         raise PlacementError("purpose", got=wish.purpose, expected=f"one of {', '.join(PURPOSES)}")
     if wish.kv_type is not None and wish.kv_type not in layout.kv_types():
-        why = f"heads of {layout.shape.head_dim} are no multiple of 32" if len(layout.kv_types()) == 1 else None
+        why = "a cache of another type can be served without a plan: give --fit on too"
+        if len(layout.kv_types()) == 1:
+            why = f"heads of {layout.shape.head_dim} are no multiple of 32"
         raise PlacementError("KV type", got=wish.kv_type, expected=f"one of {', '.join(layout.kv_types())}", fix=why)
+    if wish.flash is False and wish.kv_type not in (None, "f16"):
+        fix = "it takes flash attention to read a coarser one"
+        raise PlacementError("KV type without flash attention", got=wish.kv_type, expected="f16", fix=fix)
 
 
 def contexts(layout: Layout, wish: Wish) -> list[int]:
@@ -102,9 +107,9 @@ def contexts(layout: Layout, wish: Wish) -> list[int]:
     return found
 
 
-def margin(n_bytes: int, rule: tuple[float, int], factor: float = 1.0) -> int:
+def margin(n_bytes: int, rule: tuple[float, int]) -> int:
     """Give the bytes that stay free of a memory of `n_bytes`."""
-    return int(factor * (rule[0] * n_bytes + rule[1]))
+    return int(rule[0] * n_bytes + rule[1])
 
 
 def predicted(layout: Layout, setting: Setting, devices: tuple[Device, ...]) -> dict[str, int]:
@@ -142,7 +147,8 @@ class _Search:
 
     def settings(self, devices: Sequence[Device]) -> Iterator[Setting]:
         """Give every setting to try with these devices."""
-        kv_types = [self.wish.kv_type] if self.wish.kv_type else [t for t in self.layout.kv_types() if t in KV_WORTH]
+        able = self.layout.kv_types()[:1] if self.wish.flash is False else self.layout.kv_types()
+        kv_types = [self.wish.kv_type] if self.wish.kv_type else [t for t in able if t in KV_WORTH]
         streams: list[int | None] = [None]
         if stream_device(devices) is not None:
             streams = [None, buffers.offload_batch(self.layout.shape.n_expert, self.layout.shape.n_expert_used)]
@@ -170,13 +176,18 @@ class _Search:
             kv_type,
             n_ubatch,
             stream,
-            # tuned is the processor; values of a cache in blocks can only be read by flash attention
-            flash=tuned is None or tuned.flash or bool(devices) or kv_type != "f16",
+            flash=self._flash(devices, kv_type),
             # beside a GPU, weights in RAM lie in memory that it reads itself: the engine repacks nothing there
             repack=tuned is None or tuned.repack or stream_device(devices) is not None,
             threads=tuned.threads if tuned else self.machine.n_fast_core,
             threads_batch=tuned.threads_batch if tuned else self.machine.n_core,
         )
+
+    def _flash(self, devices: Sequence[Device], kv_type: str) -> bool:
+        if self.wish.flash is not None:
+            return self.wish.flash
+        # tuned is the processor; values of a cache in blocks can only be read by flash attention
+        return self.tuned is None or self.tuned.flash or bool(devices) or kv_type != "f16"
 
 
 def _best(search: _Search) -> Plan | None:
@@ -237,7 +248,7 @@ def _placed(
     compute = search.compute(layout, setting, tuple(devices))
     rooms = []
     for device, rates in zip(devices, costs.rates, strict=True):
-        capacity = device.free - margin(device.free, DEVICE_MARGIN, search.wish.margin) - compute[device.name]
+        capacity = device.free - margin(device.free, DEVICE_MARGIN) - compute[device.name]
         within, without = costs.all(rates, rates), costs.all(rates, costs.host)
         entry = costs.roofline.boundary(rates).total(search.use)
         tail = costs.roofline.output(rates).total(search.use)
@@ -278,7 +289,7 @@ def _memories(
             device.name,
             device.description,
             device.free,
-            margin(device.free, DEVICE_MARGIN, search.wish.margin),
+            margin(device.free, DEVICE_MARGIN),
             layers=sum(layer.dense for layer in layers[run.first : run.last]),
             experts=sum(layers[index].experts for index in run.experts),
             output=layout.output if run.last == len(layers) else 0,
@@ -300,7 +311,7 @@ def _ram(search: _Search, setting: Setting, runs: Sequence[Run], shared: int, co
         RAM,
         "",
         usable - shared,
-        margin(usable, RAM_MARGIN, search.wish.margin),
+        margin(usable, RAM_MARGIN),
         layers=sum(layer.dense for layer in own),
         experts=sum(layer.experts for index, layer in enumerate(layout.layers) if index not in with_experts),
         output=0 if runs else _host_output(layout, setting),

@@ -63,7 +63,9 @@ def plan(
         Literal["f16", "q8_0", "q4_0"] | None,
         typer.Option(help="Type of the KV cache.", show_default="f16, or q8_0 where that is faster"),
     ] = None,
-    parallel: Annotated[int | None, typer.Option(min=1, help="Requests at a time, which share the context.")] = None,
+    parallel: Annotated[
+        int | None, typer.Option(min=1, max=256, help="Requests at a time, which share the context.")
+    ] = None,
     quant: Annotated[
         Quant | None,
         typer.Option(
@@ -88,7 +90,9 @@ def plan(
     ram: Annotated[
         int | None, typer.Option(metavar="SIZE", parser=_size, help="Usable RAM instead of what is found.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads instead of one for each core.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=512, help="CPU threads instead of one for each core.")
+    ] = None,
     rpc: Annotated[
         str | None, typer.Option(metavar="HOST:PORT,…", help="Workers (hy-engine rpc) whose devices take part.")
     ] = None,
@@ -106,13 +110,16 @@ def plan(
     """
     from hymoe.runtime.machine import probe
     from hymoe.runtime.planned import Wish
+    from hymoe.runtime.process import signals_as_exceptions
+    from hymoe.runtime.workers import parse as parse_workers
 
     console.set_verbosity(quiet=quiet, verbose=verbose)
-    if tune and not model.endswith(".gguf"):
+    if tune and not _is_file(model):
         raise PlacementError("--tune", got="a checkpoint", expected="a GGUF", fix="what is measured is its weights")
-    workers = tuple(worker for worker in (rpc or "").split(",") if worker)
+    workers = parse_workers(rpc or "")
     wish = Wish(n_ctx=ctx, purpose=purpose, kv_type=kv, n_parallel=parallel, rpc=workers, lockable=lockable())
-    with _file(model, quant, imatrix, recipe) as file:
+    # a checkpoint's plan is made from a file that goes however we end
+    with signals_as_exceptions(), _file(model, quant, imatrix, recipe) as file:
         machine = with_cards(probe(ram=ram, threads=threads, rpc=workers, fresh=tune), vram or ())
         _print(_plan(file, machine, wish, tune=tune), model, as_json=as_json)
 
@@ -141,11 +148,17 @@ def with_cards(machine: Machine, sizes: Sequence[int]) -> Machine:
     return replace(machine, devices=devices_on_paper, is_paper=True)
 
 
+def _is_file(model: str) -> bool:
+    """Whether a GGUF is meant, there or not, and no checkpoint."""
+    path = Path(model)
+    return path.is_file() or path.suffix == ".gguf"
+
+
 @contextmanager
 def _file(model: str, quant: Quant | None, imatrix: Path | None, recipe: Path | None) -> Iterator[Path]:
     """Give a GGUF: the one that is named, or for a checkpoint one that has all but the weights."""
     path = Path(model)
-    if path.is_file() or path.suffix == ".gguf":
+    if _is_file(model):
         if quant or imatrix or recipe:
             raise PlacementError(f"{model}: its types are chosen", fix="--quant and the like are for checkpoints")
         yield path
@@ -191,11 +204,11 @@ def _print(plan: Plan, model: str, *, as_json: bool) -> None:
         console.result(json.dumps(plan.to_json(), indent=2))
         return
     tool = "llama-server" if plan.machine.is_paper else str(engine.find().tool("llama-server"))
-    file = model if model.endswith(".gguf") else plan.layout.name
+    file = model if _is_file(model) else plan.layout.name
     console.table(plan_view.view(plan))
     console.result()
     console.result(plan_view.command(plan, tool, file))
-    if plan.machine.is_paper:
+    if plan.machine.is_paper and plan.devices:
         console.status("the devices are on paper: put the names that `llama-server --list-devices` prints there")
 
 

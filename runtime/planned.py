@@ -32,8 +32,8 @@ class Wish:
     """What is asked of a plan; None: the plan decides.
 
     n_ctx: tokens. whole_prompts: prompts go through in one ubatch (the router mode "capacity"). rpc: addresses of the
-    workers whose devices the machine has. lockable: bytes that the engine may lock in RAM. margin: a factor for what
-    stays free.
+    workers whose devices the machine has. lockable: bytes that the engine may lock in RAM. flash: flash attention
+    or none.
     """
 
     n_ctx: int | None = None
@@ -44,7 +44,7 @@ class Wish:
     whole_prompts: bool = False
     rpc: tuple[str, ...] = ()
     lockable: int = 0
-    margin: float = 1.0
+    flash: bool | None = None
 
     def use(self, n_ctx: int) -> Use:
         """Give the purpose's prompt and answer, cut to a context of so many tokens."""

@@ -80,10 +80,14 @@ def host_rates(machine: Machine) -> Rates:
     return Rates("host", READ_SHARE["host"] * machine.bandwidth, OPS_PER_CORE * machine.n_core)
 
 
+def bandwidth_of(device: Device, machine: Machine) -> float:
+    """Give the bytes/s of a device's memory; an integrated GPU reads what the processor reads."""
+    return device.bandwidth or (machine.bandwidth if device.kind == "igpu" else READ)
+
+
 def device_rates(device: Device, machine: Machine) -> Rates:
-    """Give a device's rates; an integrated GPU reads what the processor reads."""
-    nominal = machine.bandwidth if device.kind == "igpu" else READ
-    bandwidth = device.bandwidth or nominal
+    """Give a device's rates."""
+    bandwidth = bandwidth_of(device, machine)
     ops = OPS_PER_BYTE[device.kind] * bandwidth
     return Rates(
         device.kind, READ_SHARE[device.kind] * bandwidth, ops, device.link or LINK[device.kind], HOP[device.kind]

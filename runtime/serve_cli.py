@@ -23,7 +23,7 @@ Ctx = Annotated[
         show_default="the trained one up to 32768, as far as it fits",
     ),
 ]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads instead of one for each core.")]
+Threads = Annotated[int | None, typer.Option(min=1, max=512, help="CPU threads instead of one for each core.")]
 RouterMode = Annotated[str | None, typer.Option("--router", metavar="MODE", help=HELP, show_default=SHOWN_DEFAULT)]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Only warnings and errors.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="The engine's log too.")]

@@ -157,8 +157,7 @@ class Server:
         from hymoe import engine
 
         check_flags(self.options.extra)
-        self._keys = _keys(self.options)
-        check_access(self.options.host, self._keys, insecure=self.options.insecure)
+        self._keys = checked_keys(self.options)
         header = peek(self.options.model)
         workers.check(self.options.rpc)
         tool = engine.find().tool("llama-server")
@@ -299,9 +298,12 @@ class Server:
                 console.detail(line)
 
 
-def _keys(options: ServerOptions) -> list[str]:
-    given = [options.api_key] if options.api_key else []
-    return given + (keys_of(options.api_key_file) if options.api_key_file else [])
+def checked_keys(options: ServerOptions) -> list[str]:
+    """Give the keys that clients may send. Raises ServerError for bad ones, and for none where there has to be one."""
+    keys = [options.api_key] if options.api_key else []
+    keys += keys_of(options.api_key_file) if options.api_key_file else []
+    check_access(options.host, keys, insecure=options.insecure)
+    return keys
 
 
 def check_flags(extra: tuple[str, ...]) -> None:

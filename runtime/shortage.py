@@ -69,7 +69,9 @@ def _ways(layout: Layout, machine: Machine, wish: Wish, compute: Compute) -> Ite
             yield f"with a context of {n_ctx}"
             break
         n_ctx //= 2
-    if wish.kv_type is not None:
+    if wish.flash is False:  # which a coarser cache takes
+        coarser: tuple[str, ...] = ()
+    elif wish.kv_type is not None:
         coarser = layout.kv_types()[layout.kv_types().index(wish.kv_type) + 1 :]
     else:
         coarser = layout.kv_types()[-1:] if len(layout.kv_types()) > 1 else ()

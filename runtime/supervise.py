@@ -17,7 +17,7 @@ from hymoe.runtime.monitor import Monitor
 from hymoe.runtime.placing import place, smaller, summary
 from hymoe.runtime.process import Terminated, signals_as_exceptions
 from hymoe.runtime.router import mean_experts
-from hymoe.runtime.server import DEFAULT_CTX, Server, ServerExitError, ServerOptions
+from hymoe.runtime.server import DEFAULT_CTX, Server, ServerExitError, ServerOptions, checked_keys
 from hymoe.runtime.workers import WorkerError
 
 FIRST_DELAY = 0.5  # seconds before the first restart; each next one waits twice as long
@@ -115,6 +115,7 @@ def supervise(options: ServerOptions, drain: float = DRAIN_SECONDS) -> int:
     its status, one that crashes is started again. The model goes where a plan says, unless `options` place it.
     Raises as `Server` and `place` do.
     """
+    checked_keys(options)  # before the plan, which takes seconds
     with signals_as_exceptions():
         try:
             return _Foreground(place(options), drain).run()

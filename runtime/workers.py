@@ -29,7 +29,7 @@ def check(workers: Sequence[str]) -> None:
     for worker in workers:
         host, _, port = worker.rpartition(":")
         try:
-            socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
         except (OSError, UnicodeError) as exc:
             reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else exc
             raise WorkerError(

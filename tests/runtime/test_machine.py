@@ -128,6 +128,13 @@ def test_caches_are_added_up(tmp_path: Path) -> None:
     assert bandwidth.cache_bytes(tmp_path / "nowhere") == 32 << 20
 
 
+def test_a_cache_that_does_not_say_its_size(tmp_path: Path) -> None:
+    folder = "sys/devices/system/cpu/cpu0/cache/index"
+    known = {f"{folder}1/level": "2\n", f"{folder}1/size": "1024K\n", f"{folder}1/shared_cpu_list": "0\n"}
+    root = tree(tmp_path, known | {f"{folder}2/level": "3\n", f"{folder}2/shared_cpu_list": "0-3\n"})
+    assert bandwidth.cache_bytes(root) == 1 << 20
+
+
 @pytest.mark.parametrize(
     ("description", "rate"),
     [
@@ -192,13 +199,11 @@ def test_overrides_take_the_place_of_what_is_found(cache: Path) -> None:
 def test_a_worker_is_a_device(cache: Path) -> None:
     with rpc_worker() as address:
         found = machine.probe(rpc=[address])
-        resized = machine.probe(rpc=[address], vram=1 << 30)
     worker = next(device for device in found.devices if device.kind == "rpc")
     assert (worker.name, worker.description) == ("RPC0", address)
     assert worker.total >= worker.free > 0
     assert worker.link
     assert worker.bandwidth is None
-    assert [device.free for device in resized.devices if device.kind == "rpc"] == [worker.free]
 
 
 @pytest.mark.engine
@@ -208,8 +213,6 @@ def test_a_worker_that_is_not_there(cache: Path) -> None:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(ServerError, match=f"RPC worker {address} does not answer"):
             machine.probe(rpc=[address])
-    with pytest.raises(ServerError, match="HOST:PORT"):
-        machine.probe(rpc=["somewhere"])
 
 
 @pytest.mark.engine

@@ -9,7 +9,7 @@ import pytest
 import tiny_model
 from tiny_model import TRAINED, write_model
 
-from hymoe.errors import PlacementError
+from hymoe.errors import ModelFileError, PlacementError
 from hymoe.runtime import placing
 from hymoe.runtime.server import ServerOptions
 
@@ -32,11 +32,12 @@ def test_who_places_the_model_gets_no_plan(
 
 
 def test_what_is_asked_for_is_planned(llama_server: Path, long: Path) -> None:
-    extra = ("--ubatch-size", "256", "-np", "2", "--temp", "0")
+    extra = ("--ubatch-size", "256", "-np", "2", "-fa", "off", "--temp", "0")
     plan = placing.place(ServerOptions(long, ctx=8192, threads=3, extra=extra)).plan
     assert plan is not None
     assert (plan.setting.n_ctx, plan.setting.n_ubatch, plan.wish.n_parallel) == (8192, 256, 2)
     assert (plan.setting.threads, plan.setting.threads_batch) == (3, 3)
+    assert not plan.setting.flash
 
 
 def test_what_is_not_asked_for_is_chosen(llama_server: Path, tiny: Path, long: Path) -> None:
@@ -72,3 +73,13 @@ def test_a_context_that_was_asked_for_is_kept(llama_server: Path, long: Path) ->
 def test_a_type_that_no_cache_has_is_one_line(llama_server: Path, long: Path) -> None:
     with pytest.raises(PlacementError, match=r"^KV type: got q9, expected one of "):
         placing.place(ServerOptions(long, extra=("-ctk", "q9")))
+
+
+def test_a_download_that_was_cut_short_is_one_line(llama_server: Path, tiny: Path, tmp_path: Path) -> None:
+    """By what the head says, before anything is planned or loaded."""
+    content = tiny.read_bytes()
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(content[:-1])
+    size = len(content)
+    with pytest.raises(ModelFileError, match=rf"cut\.gguf: cut short: got {size - 1} bytes, expected {size}; "):
+        placing.place(ServerOptions(cut))

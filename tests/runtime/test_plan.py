@@ -309,12 +309,22 @@ def test_a_cache_that_the_engine_refuses_is_refused(large: Layout) -> None:
         plan.make(large, machine(24, ram=384), Wish(kv_type="q8_0"))
 
 
-def test_a_smaller_plan_leaves_more(a13b: Layout) -> None:
-    before = plan.make(a13b, machine(24), Wish(32768))
-    after = plan.make(a13b, machine(24), replace(before.wish, margin=2.0))
-    check(after)
-    assert after.memories[0].margin >= 2 * before.memories[0].margin - 1
-    assert after.memories[0].used < before.memories[0].used
+def test_another_cache_is_a_matter_without_a_plan(a13b: Layout) -> None:
+    with pytest.raises(PlacementError, match=r"KV type: got q5_1, expected one of f16, q8_0, q4_0; .* --fit on too$"):
+        plan.make(a13b, machine(24), Wish(kv_type="q5_1"))
+
+
+def test_without_flash_attention_the_cache_is_exact(a13b: Layout) -> None:
+    """A coarser one could not be read: without a word from the user, this machine gets q8_0."""
+    assert plan.make(a13b, machine(24), Wish(32768)).setting.kv_type == "q8_0"
+    found = plan.make(a13b, machine(24), Wish(32768, flash=False))
+    check(found)
+    assert (found.setting.kv_type, found.setting.flash) == ("f16", False)
+    with pytest.raises(PlacementError, match="does not fit") as caught:
+        plan.make(a13b, machine(12, ram=24), Wish(32768, flash=False))
+    assert "cache" not in str(caught.value)
+    with pytest.raises(PlacementError, match="without flash attention: got q8_0, expected f16"):
+        plan.make(a13b, machine(24), Wish(32768, flash=False, kv_type="q8_0"))
 
 
 def test_json_has_the_whole_plan(a13b: Layout) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -216,6 +217,7 @@ def test_the_real_config(data: Path, capsys: pytest.CaptureFixture[str]) -> None
         (("missing.gguf",), "error: missing.gguf: no such file"),
         ((".", "--tune"), "error: --tune: got a checkpoint, expected a GGUF"),
         (("model.gguf", "--quant", "Q4_K_M"), "error: model.gguf: its types are chosen"),
+        (("blob", "--tune"), "error: blob: tuning needs the weights"),
         (("model.gguf", "--ram", "900M", "--vram", "300M"), "does not fit: got 900.0 MB of RAM and 300.0 MB on GPU0"),
     ],
 )
@@ -228,14 +230,35 @@ def test_one_line_says_what_is_wrong(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     paper.write(tmp_path / "model.gguf", SMALL)
+    (tmp_path / "blob").symlink_to("model.gguf")
     status, out, err = run(capsys, *arguments)
     assert (status, out) == (1, "")
     assert expected in err
     assert err.count("\n") == 1
 
 
+def test_an_end_leaves_no_file(tmp_path: Path) -> None:
+    """A checkpoint's plan is made from a file of its head."""
+    write_large(tmp_path / "large", Large(n_layer=4, n_expert=16, n_embd=320, n_head=4))
+    files = tmp_path / "files"
+    files.mkdir()
+    command = [sys.executable, "-c", "from hymoe.runtime.plan_cli import main; raise SystemExit(main())"]
+    environment = {**os.environ, "TMPDIR": str(files)}
+    with subprocess.Popen([*command, str(tmp_path / "large")], env=environment) as child:
+        while not any(files.iterdir()):
+            assert child.poll() is None
+            time.sleep(0.01)
+        child.terminate()
+        assert child.wait(60) == 143
+    assert not any(files.iterdir())
+
+
 @pytest.mark.parametrize(
-    "arguments", [("--vram", "much"), ("--for", "fun"), ("--kv", "f64"), ("--ctx", "-1"), ("--quant", "Q9")]
+    "arguments",
+    [
+        *(("--vram", "much"), ("--for", "fun"), ("--kv", "f64"), ("--ctx", "-1"), ("--quant", "Q9")),
+        *(("--threads", "513"), ("--parallel", "257")),  # the engine ends itself for more
+    ],
 )
 def test_wrong_usage(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     status, out, err = run(capsys, "model.gguf", *arguments)

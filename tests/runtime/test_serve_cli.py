@@ -145,6 +145,7 @@ def test_keys_from_a_file(llama_server: Path, tiny: Path, port: int, tmp_path: P
     [
         (None, ": cannot be read: got No such file or directory"),
         ("# none yet\n", ": got no key in it, expected one a line"),
+        ("sesame\r\n", ": got line ends of Windows, expected a newline alone; dos2unix mends it"),
     ],
 )
 def test_a_file_without_a_key_is_one_line(
@@ -152,7 +153,7 @@ def test_a_file_without_a_key_is_one_line(
 ) -> None:
     keys = tmp_path / "keys"
     if text is not None:
-        keys.write_text(text)
+        keys.write_text(text, newline="")
     assert serve_cli.main([str(tiny), "--port", "0", "-q", "--api-key-file", str(keys)]) == 1
     assert capsys.readouterr() == ("", f"error: --api-key-file {keys}{line}\n")
 
