@@ -267,7 +267,7 @@ def test_repair_refuses_another_models_imatrix(
 
 
 def test_a_second_model_through_the_whole_chain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Another seed, vocabulary and shape: collected, shown, repaired, and quantized to a type that needs importance."""
+    """Another seed, vocabulary and shape: collected, shown, repaired, quantized by type and by recipe, and compared."""
     spec = miniature.Spec(n_layer=2, n_expert=10, n_expert_used=2, n_rank=700, seed=11)
     checkpoint = miniature.write(tmp_path / "Second", spec)
     gguf, raw, fixed = tmp_path / "second.gguf", tmp_path / "i.gguf", tmp_path / "r.gguf"
@@ -285,3 +285,13 @@ def test_a_second_model_through_the_whole_chain(tmp_path: Path, capsys: pytest.C
     assert "met no token" not in capsys.readouterr().err
     types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(quantized).tensors}
     assert types["blk.1.ffn_up_exps.weight"] == "IQ2_XXS"
+
+    recipe, by_recipe = tmp_path / "recipe", tmp_path / "by-recipe.gguf"
+    assert hy_imatrix("recipe", gguf, "--imatrix", fixed, "--bpw", 4.2, "-o", recipe, "--threads", 1) == 0
+    made = ["--quant", "Q4_K_M", "--imatrix", str(fixed), "--recipe", str(recipe)]
+    assert hy_convert([str(checkpoint), str(by_recipe), *made]) == 0
+    capsys.readouterr()
+    assert hy_imatrix("quality", gguf, by_recipe, quantized, "--json", "--tokens", 512, "--threads", 1) == 0
+    ours, coarse = json.loads(capsys.readouterr().out)
+    assert 4.0 < ours["bits_per_weight"] <= 4.2
+    assert 0 < ours["quality"]["mean"] < coarse["quality"]["mean"]
