@@ -56,7 +56,8 @@ def _rules(types: Mapping[str, GGMLQuantizationType]) -> list[str]:
             grouped.setdefault(kind, {}).setdefault(qtype, []).append(layer)
     for kind, by_type in grouped.items():
         for qtype, layers in sorted(by_type.items(), key=lambda entry: -_bits(entry[0])):
-            lines.append(f"^blk\\.({'|'.join(map(str, layers))})\\.{kind}\\.weight$ = {qtype.name}")
+            which = r"\d+" if len(by_type) == 1 else f"({'|'.join(map(str, layers))})"
+            lines.append(f"^blk\\.{which}\\.{kind}\\.weight$ = {qtype.name}")
     return lines
 
 
