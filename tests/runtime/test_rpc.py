@@ -150,6 +150,7 @@ def machines() -> Iterator[list[tuple[str, str]]]:
             if not ip("netns", "add", name):
                 pytest.skip("no right, or no `ip`, to make a network namespace")
             undo.callback(ip, "netns", "delete", name)
+            undo.callback(ip, "link", "delete", cable)  # with its namespace it would go, but later
             made = [
                 ip("link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", name),
                 ip("address", "add", f"{ours}/30", "dev", cable),
