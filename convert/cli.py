@@ -10,7 +10,6 @@ import typer
 
 from hymoe import console
 from hymoe.convert.quants import Quant
-from hymoe.sizes import parse_size
 
 if TYPE_CHECKING:
     from hymoe.convert.verify import Tally
@@ -20,13 +19,6 @@ app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_com
 
 WRITING = ("quant", "imatrix", "recipe", "split_max_size", "overwrite", "restart", "keep_template")
 NOT_WITH_REPAIR = ("quant", "imatrix", "recipe", "split_max_size", "restart", "revision", "keep_shards", "verify")
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as exc:
-        raise typer.BadParameter(str(exc)) from exc
 
 
 @app.command()
@@ -96,7 +88,9 @@ def convert(
     split_max_size: Annotated[
         int | None,
         typer.Option(
-            metavar="SIZE", parser=_size, help="Split OUT into files of at most SIZE bytes (K, M, G: powers of 1000)."
+            metavar="SIZE",
+            parser=console.parse_size,
+            help="Split OUT into files of at most SIZE bytes (K, M, G: powers of 1000).",
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,

@@ -11,26 +11,18 @@ import re
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
-from gguf import GGMLQuantizationType
-
+from hymoe import sizes
 from hymoe.errors import UnsupportedError
-from hymoe.sizes import padded, parse_size, tensor_bytes
+from hymoe.sizes import DESKTOP_VRAM, MIB, SYSTEM_RAM, parse_size
 
-MIB: Final = 1 << 20
-# What a desktop and its driver hold of the card, and what stays free of it: a part, and bytes.
-DESKTOP_BYTES: Final = 512 * MIB
-CARD_FREE: Final = (0.04, 256 * MIB)
 # Compute buffers for prompts in ubatches of 2048, to which experts are sent from RAM.
 COMPUTE_BYTES: Final = 2304 * MIB
-# The system, the server beside its model and its buffers, and what stays free.
-SYSTEM_BYTES: Final = 3 << 30
-PROCESS_BYTES: Final = 1024 * MIB
-RAM_FREE: Final = (0.05, 512 * MIB)
+# The server beside its model, and its buffers.
+SERVER_BYTES: Final = 1024 * MIB
 
 # Types of keys and values, the exact one first.
 KV_TYPES: Final = ("F16", "Q8_0")
 KV_BLOCK: Final = 32
-CTX_MULTIPLE: Final = 256
 FIT: Final = re.compile(r"([^+]+)\+([^+]+)")
 
 
@@ -54,11 +46,11 @@ def parse_fit(text: str) -> tuple[int, int]:
 def budget(fit: tuple[int, int], n_ctx: int, kv_type: str, hparams: Mapping[str, int]) -> Budget:
     """Take off what is not for weights. What is left may be negative."""
     card, ram = fit
-    free = max(0, card - DESKTOP_BYTES)
+    free = max(0, card - DESKTOP_VRAM)
     kv = kv_bytes(hparams, n_ctx, kv_type)
-    for_card = int((1 - CARD_FREE[0]) * free) - CARD_FREE[1] - COMPUTE_BYTES - kv
-    usable = max(0, ram - SYSTEM_BYTES)
-    for_ram = int((1 - RAM_FREE[0]) * usable) - RAM_FREE[1] - PROCESS_BYTES
+    for_card = free - sizes.margin(free, sizes.DEVICE_MARGIN) - COMPUTE_BYTES - kv
+    usable = max(0, ram - SYSTEM_RAM)
+    for_ram = usable - sizes.margin(usable, sizes.RAM_MARGIN) - SERVER_BYTES
     return Budget(for_card, for_ram, kv, kv_type)
 
 
@@ -74,5 +66,4 @@ def kv_bytes(hparams: Mapping[str, int], n_ctx: int, kv_type: str) -> int:
         n_embd_kv = hparams["attention.head_count_kv"] * hparams["attention.key_length"]
     except KeyError as exc:
         raise UnsupportedError("the model", got=f"no {exc.args[0]}", expected="a HunYuan model") from exc
-    rows = (padded(n_ctx, CTX_MULTIPLE), n_embd_kv)
-    return 2 * n_layer * tensor_bytes(rows, GGMLQuantizationType[kv_type])
+    return n_layer * sizes.kv_bytes(n_embd_kv, n_ctx, kv_type)

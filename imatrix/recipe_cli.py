@@ -8,14 +8,6 @@ from typing import Annotated
 import typer
 
 from hymoe import console
-from hymoe.sizes import parse_size
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as exc:
-        raise typer.BadParameter(str(exc)) from exc
 
 
 def recipe(
@@ -38,7 +30,9 @@ def recipe(
         str | None,
         typer.Option(metavar="TYPE", help="Keys and values, with --fit: F16 or Q8_0.", show_default="F16 if it fits"),
     ] = None,
-    size: Annotated[int | None, typer.Option(metavar="SIZE", parser=_size, help="Bytes of the file.")] = None,
+    size: Annotated[
+        int | None, typer.Option(metavar="SIZE", parser=console.parse_size, help="Bytes of the file.")
+    ] = None,
     bpw: Annotated[float | None, typer.Option(min=0.5, max=32, help="Bits per weight of the file.")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", metavar="FILE", show_default="stdout")] = None,
     menu: Annotated[

@@ -68,7 +68,7 @@ def smaller(options: ServerOptions, complaints: Sequence[str]) -> ServerOptions 
     host's, it is all devices; where it says nothing, as of a process that the kernel has killed, it is RAM.
     """
     from hymoe.runtime.machine import probe
-    from hymoe.runtime.plan import DEVICE_MARGIN, RAM_MARGIN
+    from hymoe.sizes import DEVICE_MARGIN, RAM_MARGIN
 
     if options.plan is None:
         return None

@@ -22,8 +22,7 @@ from hymoe.runtime.planned import PURPOSES, RAM, LoadMode, Memory, Plan, Setting
 from hymoe.runtime.roofline import Use
 from hymoe.runtime.router import MAX_WHOLE_PROMPT
 from hymoe.runtime.tune import Tuned
-
-MIB: Final = 1 << 20
+from hymoe.sizes import DEVICE_MARGIN, MIB, RAM_MARGIN, margin
 
 LEAST_CTX: Final = 4096
 N_UBATCH: Final = (512, 1024, 2048, 4096)
@@ -32,10 +31,6 @@ N_UBATCH: Final = (512, 1024, 2048, 4096)
 KV_WORTH: Final = {"f16": 1.0, "q8_0": 1.03}
 KV_WORTH_HOST: Final = {"f16": 1.0, "q8_0": 1.25}
 
-# What stays free of a device and of RAM: a part, and bytes. Kernels, the driver's own buffers and other programs live
-# there.
-DEVICE_MARGIN: Final = (0.04, 256 * MIB)
-RAM_MARGIN: Final = (0.05, 512 * MIB)
 PROCESS_BYTES: Final = 400 * MIB  # the server without the model: libraries, vocabulary, HTTP threads
 CACHE_RAM_MIB: Final = 8192  # llama-server's default for saved prompts
 MAX_SUBSETS: Final = 4  # up to so many devices every subset is tried
@@ -105,11 +100,6 @@ def contexts(layout: Layout, wish: Wish) -> list[int]:
     while found[-1] >= 2 * LEAST_CTX:
         found.append(found[-1] // 2)
     return found
-
-
-def margin(n_bytes: int, rule: tuple[float, int]) -> int:
-    """Give the bytes that stay free of a memory of `n_bytes`."""
-    return int(rule[0] * n_bytes + rule[1])
 
 
 def predicted(layout: Layout, setting: Setting, devices: tuple[Device, ...]) -> dict[str, int]:

@@ -16,7 +16,6 @@ import typer
 from hymoe import console
 from hymoe.convert.quants import Quant
 from hymoe.errors import PlacementError
-from hymoe.sizes import parse_size
 
 if TYPE_CHECKING:
     from hymoe.runtime.machine import Machine
@@ -26,13 +25,6 @@ if TYPE_CHECKING:
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 
 DEFAULT_QUANT = Quant.Q4_K_M
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as exc:
-        raise typer.BadParameter(str(exc)) from exc
 
 
 @app.command()
@@ -84,11 +76,13 @@ def plan(
     vram: Annotated[
         list[int] | None,
         typer.Option(
-            metavar="SIZE", parser=_size, help="Free memory of a GPU instead of what is found; again for the next GPU."
+            metavar="SIZE",
+            parser=console.parse_size,
+            help="Free memory of a GPU instead of what is found; again for the next GPU.",
         ),
     ] = None,
     ram: Annotated[
-        int | None, typer.Option(metavar="SIZE", parser=_size, help="Usable RAM instead of what is found.")
+        int | None, typer.Option(metavar="SIZE", parser=console.parse_size, help="Usable RAM instead of what is found.")
     ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, max=512, help="CPU threads instead of one for each core.")

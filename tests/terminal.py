@@ -113,6 +113,17 @@ def engine_of(pid: int, *arguments: str) -> int | None:
     return None
 
 
+def engine_of_killed(code: str, model: Path) -> int:
+    """Run Python that serves `model` and prints "up", kill it, and give the process id of its engine."""
+    with subprocess.Popen([sys.executable, "-c", code, model], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "up\n"
+        pid = engine_of(parent.pid)
+        parent.kill()
+    assert pid is not None
+    return pid
+
+
 def is_running(pid: int) -> bool:
     """Whether the process exists and is no zombie (Linux)."""
     try:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Protocol, TextIO
 
+from hymoe import sizes
 from hymoe.errors import HyError
 
 if TYPE_CHECKING:
@@ -134,6 +135,16 @@ def format_bytes(n: float) -> str:
             return f"{n:.0f} {suffix}" if suffix == "B" else f"{n:.1f} {suffix}"
         n /= 1000
     return f"{n:.2f} TB"
+
+
+def parse_size(text: str) -> int:
+    """Read a size on a command line, as a typer option's parser."""
+    from typer import BadParameter
+
+    try:
+        return sizes.parse_size(text)
+    except ValueError as exc:
+        raise BadParameter(str(exc)) from exc
 
 
 def run(app: typer.Typer, argv: Sequence[str] | None, prog: str) -> int:

@@ -5,15 +5,28 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
 
+MIB: Final = 1 << 20
+# What the system keeps of a machine's RAM, and a desktop of its card.
+SYSTEM_RAM: Final = 3 << 30
+DESKTOP_VRAM: Final = 512 * MIB
+# What stays free of a device and of RAM: a part, and bytes. Kernels, the driver's own buffers and other programs live
+# there.
+DEVICE_MARGIN: Final = (0.04, 256 * MIB)
+RAM_MARGIN: Final = (0.05, 512 * MIB)
 # GGUF's default: every tensor starts on a multiple of this many bytes, counted from the start of the data.
 ALIGNMENT = 32
 # llama.cpp rounds the context up to a multiple of this many tokens.
 CTX_MULTIPLE = 256
+
+
+def margin(n_bytes: int, rule: tuple[float, int]) -> int:
+    """Give the bytes that stay free of a memory of `n_bytes`, by DEVICE_MARGIN or RAM_MARGIN."""
+    return int(rule[0] * n_bytes + rule[1])
 
 
 def padded(n_bytes: int, alignment: int = ALIGNMENT) -> int:

@@ -9,7 +9,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ import pytest
 import tiny_model
 from served import Served, Streaming, children_of, free_port, served, streaming
 from talker import ENDLESS, write_talker
-from terminal import TIMEOUT, command, ends, engine_of, is_running, run
+from terminal import TIMEOUT, command, ends, engine_of, engine_of_killed, is_running, run
 from tiny_model import write_model
 
 from hymoe.chat_templates import fallback
@@ -327,10 +326,4 @@ def test_the_engine_dies_with_the_process_that_serves_from_python(llama_server: 
         "import sys, time; from hymoe.runtime import serve\n"
         "with serve(sys.argv[1]): print('up', flush=True); time.sleep(600)"
     )
-    with subprocess.Popen([sys.executable, "-c", code, talker], stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdout is not None
-        assert parent.stdout.readline() == "up\n"
-        pid = engine_of(parent.pid)
-        parent.kill()
-    assert pid is not None
-    assert ends(pid)
+    assert ends(engine_of_killed(code, talker))

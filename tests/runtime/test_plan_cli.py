@@ -23,10 +23,11 @@ from rpc_worker import rpc_worker
 
 from hymoe import engine
 from hymoe.convert.convert import ConvertOptions, convert
-from hymoe.runtime import buffers, layout, plan, process, settle
+from hymoe.runtime import buffers, layout, process, settle
 from hymoe.runtime.machine import Machine, probe
 from hymoe.runtime.plan_cli import main
 from hymoe.runtime.planned import RAM, Plan, Wish
+from hymoe.sizes import RAM_MARGIN
 
 pytestmark = pytest.mark.engine
 
@@ -126,7 +127,7 @@ def test_the_server_places_as_planned(llama_server: Path, tmp_path: Path) -> Non
     with rpc_worker() as worker:
         here = probe(rpc=[worker], threads=1, ram=8 * GIB)
         all_in_ram = settle.settle(model, about, replace(here, devices=()), Wish(512)).ram
-        part, fixed = plan.RAM_MARGIN
+        part, fixed = RAM_MARGIN
         short = replace(
             here,
             devices=tuple(replace(device, free=500_000_000) for device in here.devices),

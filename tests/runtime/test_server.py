@@ -16,7 +16,7 @@ import httpx
 import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
-from terminal import TIMEOUT, ends, engine_of, is_running
+from terminal import TIMEOUT, ends, engine_of, engine_of_killed, is_running
 from tiny_model import TRAINED, write_model
 
 from hymoe import console
@@ -263,13 +263,7 @@ def test_the_engine_dies_when_its_parent_is_killed(llama_server: Path, tiny: Pat
         "with Server(ServerOptions(Path(sys.argv[1]), port=0, threads=1)) as server:\n"
         "    print('up', flush=True); time.sleep(600)"
     )
-    with subprocess.Popen([sys.executable, "-c", code, tiny], stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdout is not None
-        assert parent.stdout.readline() == "up\n"
-        pid = engine_of(parent.pid)
-        parent.kill()
-    assert pid is not None
-    assert ends(pid)
+    assert ends(engine_of_killed(code, tiny))
 
 
 def test_a_child_whose_parent_died_before_the_call_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
