@@ -265,8 +265,9 @@ class TerminalChat:
             try:
                 await asyncio.shield(self._current)
             except asyncio.CancelledError:
-                if not self._current.done():
-                    raise  # we are ended, not the answer
+                # We may be ended at the very moment at which the answer is: then its being done says nothing.
+                if (ours := asyncio.current_task()) and ours.cancelling():
+                    raise
             except Leave:
                 self._app.exit()
                 return

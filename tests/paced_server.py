@@ -61,8 +61,11 @@ def paced_server(pace: Pace) -> Iterator[str]:
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            # A loop that goes on polls a number that is soon another file's, and keeps that one's port taken.
+            server.shutdown()
 
 
 def first_token_delays(env: dict[str, str], n: int) -> list[float]:

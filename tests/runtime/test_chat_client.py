@@ -36,6 +36,8 @@ def test_a_server_that_loads_is_no_stranger() -> None:
 
     with HTTPServer(("127.0.0.1", 0), Loading) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        with pytest.raises(LostServerError, match="is still loading its model; try again in a moment"):
-            asyncio.run(ask(f"http://127.0.0.1:{server.server_address[1]}"))
-        server.shutdown()
+        try:
+            with pytest.raises(LostServerError, match="is still loading its model; try again in a moment"):
+                asyncio.run(ask(f"http://127.0.0.1:{server.server_address[1]}"))
+        finally:
+            server.shutdown()

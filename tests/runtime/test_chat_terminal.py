@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import io
 import os
 import signal
 from pathlib import Path
 
 import pytest
+from prompt_toolkit.data_structures import Size
 from scripted_model import NEWLINE, Script, write_scripted
 from terminal import Terminal, command, ends, engine_of
 
 from hymoe.chat_templates import fallback
+from hymoe.runtime import chat_terminal
 
 pytestmark = pytest.mark.engine
 
@@ -106,3 +110,27 @@ def test_a_signal(question: str, number: signal.Signals, status: int, words: lis
         assert terminal.screen.rindex("\x1b[?2004l") > terminal.screen.rindex("\x1b[?2004h")
     assert engine is not None
     assert ends(engine)
+
+
+def test_leaving_at_the_moment_an_answer_ends(monkeypatch: pytest.MonkeyPatch, env: dict[str, str]) -> None:
+    """The work must not take its own end for the answer's, and wait for another question for ever."""
+
+    async def left() -> bool:
+        async def obey(*_: object) -> None:
+            answer = asyncio.current_task()
+            assert answer is not None
+            answer.add_done_callback(lambda _: work.cancel())
+
+        monkeypatch.setattr(chat_terminal, "obey", obey)
+        talk = chat_terminal.TerminalChat()
+        monkeypatch.setattr(talk, "_chat", object())
+        talk._queue.append("Hello")
+        work = asyncio.create_task(talk._work())
+        await asyncio.wait([work], timeout=5)
+        return work.cancelled()
+
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    output = chat_terminal.HeldOutput(io.StringIO(), lambda: Size(24, 80))
+    monkeypatch.setattr(chat_terminal, "held_output", lambda: output)
+    assert asyncio.run(left())
