@@ -97,10 +97,14 @@ class Memory:
     process: int = 0
 
     @property
+    def weights(self) -> int:
+        """Bytes of the model."""
+        return self.layers + self.experts + self.output + self.embedding
+
+    @property
     def used(self) -> int:
         """Bytes that the plan takes."""
-        parts = (self.layers, self.experts, self.output, self.embedding, self.kv, self.compute, self.process)
-        return sum(parts)
+        return self.weights + self.kv + self.compute + self.process
 
     @property
     def free(self) -> int:

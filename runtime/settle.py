@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+from hymoe import console
 from hymoe.errors import PlacementError
 from hymoe.runtime import buffers, plan
+from hymoe.runtime.buffers import Breakdown
 from hymoe.runtime.layout import Layout
 from hymoe.runtime.machine import Device, Machine
 from hymoe.runtime.planned import RAM, Plan, Setting, Wish
@@ -30,10 +32,16 @@ def settle(file: Path, layout: Layout, machine: Machine, wish: Wish, tuned: Tune
 
     for _ in range(MAX_ROUNDS):
         found = plan.make(layout, machine, wish, tuned, compute)
-        measured = _measured(file, found)
+        counted = _counted(file, found)
+        refused = _refused(found, counted)
+        measured = {name: memory.compute for name, memory in counted.items()}
+        measured[RAM] += sum(refused.values())
         exact = replace(found, memories=tuple(replace(m, compute=measured[m.name]) for m in found.memories))
         key = _key(found.setting, found.devices)
         if key in known and all(memory.free >= 0 for memory in exact.memories):
+            for name, n_bytes in refused.items():
+                kept = f"{console.format_bytes(n_bytes)} of the weights that would lie there"
+                console.warn(f"{name} does not compute on {kept}; they are counted, and stay, in RAM")
             return exact
         # what one placement needs, another of the same setting may need too
         before = known.get(key, {})
@@ -46,7 +54,16 @@ def _key(setting: Setting, devices: tuple[Device, ...]) -> object:
     return replace(setting, load="mmap", cache_ram=0), tuple(device.name for device in devices)
 
 
-def _measured(file: Path, found: Plan) -> dict[str, int]:
-    """Give the bytes of compute buffers by memory."""
+def _counted(file: Path, found: Plan) -> dict[str, Breakdown]:
+    """Give what the engine counts for a plan, by memory."""
     answer = buffers.measure(file, found.arguments(), cards=found.machine.cards, min_batch=found.setting.stream_from)
-    return {RAM if name == buffers.HOST else name: memory.compute for name, memory in answer.items()}
+    return {RAM if name == buffers.HOST else name: memory for name, memory in answer.items()}
+
+
+def _refused(found: Plan, counted: Mapping[str, Breakdown]) -> dict[str, int]:
+    """Give the bytes of weights that each device was to hold and does not.
+
+    The engine keeps a weight in RAM where a device has no kernel for it; on Vulkan that depends on the card.
+    """
+    missing = {memory.name: memory.weights - counted[memory.name].weights for memory in found.memories[:-1]}
+    return {name: n_bytes for name, n_bytes in missing.items() if n_bytes > 0}

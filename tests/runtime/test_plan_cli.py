@@ -67,7 +67,7 @@ def test_the_engine_counts_as_the_plan_does(name: str, tmp_path: Path) -> None:
     assert engines.keys() == {memory.name for memory in found.memories}
     n_tensors = len(found.layout.tensors)
     for memory in found.memories:
-        weights = memory.layers + memory.experts + memory.output + memory.embedding
+        weights = memory.weights
         if not found.devices:  # it need not have repacked the output matrix
             weights = engines[memory.name].weights
             assert memory.layers + memory.experts + memory.embedding <= weights
@@ -144,6 +144,36 @@ def test_the_server_places_as_planned(llama_server: Path, tmp_path: Path) -> Non
     assert said(log, "model")[on_device.name] == pytest.approx(weights, abs=0.01 * 2**20 + 128 * len(about.tensors))
     assert said(log, "KV")[on_device.name] == pytest.approx(on_device.kv, abs=0.01 * 2**20)
     assert said(log, "KV").get("CPU", 0.0) == pytest.approx(in_ram.kv, abs=0.01 * 2**20)
+
+
+def test_weights_that_a_card_refuses_are_counted_in_ram(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on a card of little shared memory, for whose experts the Vulkan backend has no kernel."""
+    count = buffers.measure
+
+    def refusing(*arguments: Any, **named: Any) -> dict[str, buffers.Breakdown]:
+        found = dict(count(*arguments, **named))
+        card, host = found["GPU0"], found[buffers.HOST]
+        found["GPU0"] = replace(card, weights=card.weights - card.weights // 2)
+        found[buffers.HOST] = replace(host, weights=host.weights + card.weights // 2)
+        return found
+
+    model, vram, ram = MACHINES["small"]
+    file = paper.write(tmp_path / "model.gguf", model)
+    asked = (file, layout.read(file), Machine.paper(vram=vram, ram=ram), Wish(16384))
+    usual = settle.settle(*asked)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(buffers, "measure", refusing)
+    found = settle.settle(*asked)
+    half = found.memories[0].weights // 2
+    assert half > 0
+    assert found.ram.used - usual.ram.used == pytest.approx(half, rel=0.01)
+    assert re.fullmatch(
+        r"warning: GPU0 does not compute on [\d.]+ MB of the weights that would lie there; they are counted, and stay, "
+        r"in RAM\n",
+        capsys.readouterr().err,
+    )
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
