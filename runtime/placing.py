@@ -13,6 +13,7 @@ from hymoe import console
 from hymoe.errors import PlacementError
 from hymoe.runtime import header
 from hymoe.runtime.server import ServerOptions, check_flags, context_size
+from hymoe.runtime.workers import WorkerError
 
 if TYPE_CHECKING:
     from hymoe.runtime.machine import Machine
@@ -78,7 +79,10 @@ def smaller(options: ServerOptions, complaints: Sequence[str]) -> ServerOptions 
     named = {device.name for device in options.plan.devices if device.name in text}
     if text and not named and not re.search(r"\bCPU|_Host\b", text):
         named = {device.name for device in options.plan.devices}
-    machine = probe(threads=options.threads, rpc=options.rpc)
+    try:
+        machine = probe(threads=options.threads, rpc=options.rpc)
+    except WorkerError:  # the next start says so, and can wait for it
+        return None
     devices = tuple(
         replace(device, free=min(device.free, took[device.name])) if device.name in named else device
         for device in machine.devices

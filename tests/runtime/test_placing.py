@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiny_model
+from served import free_port
 from tiny_model import TRAINED, write_model
 
 from hymoe.errors import ModelFileError, PlacementError
@@ -68,6 +69,12 @@ def test_a_context_that_was_asked_for_is_kept(llama_server: Path, long: Path) ->
     found = placing.smaller(options, [])
     assert found is None or (found.plan is not None and found.plan.setting.n_ctx == 512)
     assert placing.smaller(ServerOptions(long), []) is None  # there was no plan
+
+
+def test_a_worker_that_is_away_leaves_no_smaller_plan(llama_server: Path, long: Path) -> None:
+    """The next start says that it is away, and waits for it."""
+    options = placing.place(ServerOptions(long))
+    assert placing.smaller(replace(options, rpc=(f"127.0.0.1:{free_port()}",)), []) is None
 
 
 def test_a_type_that_no_cache_has_is_one_line(llama_server: Path, long: Path) -> None:
