@@ -60,7 +60,8 @@ def known() -> frozenset[str]:
 def endpoint(tmp_path_factory: pytest.TempPathFactory, llama_server: Path) -> Iterator[Endpoint]:
     out = tmp_path_factory.mktemp("miniature") / "miniature.gguf"
     convert(ConvertOptions(CHECKPOINT, out, quant="Q4_K_M"))
-    with serve(ServerOptions(out, port=0)) as found:
+    # One thread: on a busy machine several wait for each other, ten times slower than one.
+    with serve(ServerOptions(out, port=0, threads=1)) as found:
         yield found
 
 
