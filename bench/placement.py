@@ -29,10 +29,13 @@ from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common import WORK, say
 from sized_model import Shape, layers_that_fit, write
+
+if TYPE_CHECKING:
+    from hymoe.runtime.planned import Plan
 
 USE = (4096, 500)  # tokens of a prompt and its answer
 LOAD_SECONDS = 1800
@@ -69,10 +72,12 @@ def main() -> int:
     if not gguf.exists():
         say(f"writing {gguf}")
         write(gguf, shape)
-    ours = planned(options, gguf)
+    plan = planned(options, gguf)
+    ours = Setting("our plan", tuple(plan.arguments()), tuple(plan.environment().items()))
     print(f"{shape.n_layer} layers of width {shape.n_embd}, {gguf.stat().st_size / 1e9:.2f} GB")
     print(f"prompt of {options.prompt} tokens, {options.answer} generated")
     print(f"our plan: {' '.join([*('='.join(pair) for pair in ours.environment), *ours.arguments])}")
+    print(f"it predicts {plan.speeds.prefill:.2f} tokens/s reading and {plan.speeds.generation:.2f} writing")
     if options.device:
         return on_device(options, gguf, ours, shape.n_layer)
     return on_processor(options, gguf, ours)
@@ -101,7 +106,7 @@ def numbers(text: str) -> list[int]:
     return [int(word) for word in text.split(",")]
 
 
-def planned(options: argparse.Namespace, gguf: Path) -> Setting:
+def planned(options: argparse.Namespace, gguf: Path) -> Plan:
     """Give our plan, made as hy-plan makes it."""
     from hymoe.runtime import layout, machine, settle, tune
     from hymoe.runtime.planned import Wish
@@ -116,8 +121,7 @@ def planned(options: argparse.Namespace, gguf: Path) -> Setting:
     tuned = tune.known(gguf, here)
     if tuned is None and not options.device:  # what is tuned is the processor's part
         tuned = tune.tune(gguf, here)
-    plan = settle.settle(gguf, layout.read(gguf), here, Wish(n_ctx=options.ctx, n_parallel=1), tuned)
-    return Setting("our plan", tuple(plan.arguments()), tuple(plan.environment().items()))
+    return settle.settle(gguf, layout.read(gguf), here, Wish(n_ctx=options.ctx, n_parallel=1), tuned)
 
 
 # -- on the processor --------------------------------------------------------------------------------------------------
