@@ -13,8 +13,7 @@ from hymoe.runtime import bandwidth, measuring, workers
 from hymoe.sizes import DESKTOP_VRAM, SYSTEM_RAM
 
 ROOT: Final = Path("/")
-# Of a machine on paper: what its system keeps of the RAM, a desktop of a card, and what dual-channel DDR5-5600
-# (89.6 GB/s) gives to threads that add it up.
+# Of a machine on paper: what dual-channel DDR5-5600 (89.6 GB/s) gives to threads that add it up, and a usual card.
 PAPER_RAM_BANDWIDTH: Final = 60e9
 PAPER_VRAM_BANDWIDTH: Final = bandwidth.CARDS["RTX 3090"]
 PAPER_LINK: Final = bandwidth.PCIE4
