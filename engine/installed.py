@@ -19,6 +19,10 @@ CACHE_VARIABLE: Final = "HYMOE_CACHE"
 MANIFEST: Final = "manifest.json"
 BUILD_IT: Final = "run `hy-engine build`"
 BUILD_STOCK: Final = "run `hy-engine build --stock`"
+# Variables for every process that computes. GNU's OpenMP lets a thread spin 300,000 times, some milliseconds, for one
+# that another program keeps from running, at every one of a token's hundreds of barriers. A tenth of it is as fast
+# where nothing else runs, and more than twice as fast where every processor is busy.
+WAITING: Final = {"GOMP_SPINCOUNT": "30000"}
 
 
 @dataclass(frozen=True)

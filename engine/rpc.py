@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final, NoReturn
 
 from hymoe import console
-from hymoe.engine.installed import engine_root, find
+from hymoe.engine.installed import WAITING, engine_root, find
 from hymoe.errors import EngineError
 
 PORT: Final = 50052  # llama.cpp's own choice
@@ -46,7 +46,7 @@ def serve(options: WorkerOptions) -> NoReturn:
         console.warn(f"worker on {where}: {TRUST}: a private network or a tunnel only, never the internet")
     console.status(f"use it with: hy-serve MODEL.gguf --rpc {where}")
     # Where llama.cpp keeps the tensors is beside the engines, not in a folder of its own.
-    environment = {**os.environ, "LLAMA_CACHE": str(engine_root().parent)}
+    environment = {**WAITING, **os.environ, "LLAMA_CACHE": str(engine_root().parent)}
     os.execve(tool, command_line(str(tool), options), environment)
 
 

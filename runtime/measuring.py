@@ -64,8 +64,11 @@ def ask(*arguments: str, min_batch: int | None = None) -> dict[str, Any]:
 
 
 def environment() -> dict[str, str]:
-    """Give our own environment, without what the engine would take for its options."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(_IGNORED)}
+    """Give our own environment, without what the engine would take for its options, and as a server has it."""
+    from hymoe import engine
+
+    own = {name: value for name, value in os.environ.items() if not name.startswith(_IGNORED)}
+    return engine.WAITING | own
 
 
 def reason(log: str, returncode: int) -> str:

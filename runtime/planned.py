@@ -174,8 +174,10 @@ class Plan:
 
     def environment(self) -> dict[str, str]:
         """Give the variables that the engine reads besides."""
+        from hymoe import engine
+
         threshold = self.setting.stream_from
-        return {} if threshold is None else {measuring.MIN_BATCH_VARIABLE: str(threshold)}
+        return engine.WAITING | ({} if threshold is None else {measuring.MIN_BATCH_VARIABLE: str(threshold)})
 
     def to_json(self) -> dict[str, Any]:
         """Give the plan as JSON-ready values."""

@@ -366,11 +366,14 @@ def command_line(
 
 
 def _environment(options: ServerOptions) -> dict[str, str]:
+    from hymoe import engine
+
     dropped = sorted(name for name in os.environ if name.startswith(IGNORED_VARIABLES))
     if dropped:
         console.warn(f"{', '.join(dropped)}: ignored; give llama-server arguments after --")
-    env = {name: value for name, value in os.environ.items() if name not in dropped}
-    env |= options.plan.environment() if options.plan else {}
+    env = engine.WAITING | {name: value for name, value in os.environ.items() if name not in dropped}
+    if options.plan:
+        env |= {name: value for name, value in options.plan.environment().items() if name not in engine.WAITING}
     if not console.is_verbose():
         # An engine that ends itself would start a debugger for a report first, and be away for seconds.
         env.setdefault("GGML_NO_BACKTRACE", "1")

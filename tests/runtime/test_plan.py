@@ -214,13 +214,13 @@ def test_no_gpu(a13b: Layout) -> None:
     found = plan.make(a13b, machine(ram=96))
     assert (found.devices, found.runs) == ((), ())
     assert "--gpu-layers" not in found.arguments()
-    assert found.environment() == {}
+    assert found.environment() == {"GOMP_SPINCOUNT": "30000"}
     assert option(found, "--load-mode") == "mmap"
 
 
 def test_experts_in_ram_are_sent_from_256_tokens_on(a13b: Layout) -> None:
     found = plan.make(a13b, machine(24))
-    assert found.environment() == {"GGML_OP_OFFLOAD_MIN_BATCH": "256"}
+    assert found.environment() == {"GGML_OP_OFFLOAD_MIN_BATCH": "256", "GOMP_SPINCOUNT": "30000"}
     assert found.setting.n_ubatch > 512
     # from memory that the card reads by itself
     assert option(found, "--load-mode") == "none"

@@ -52,6 +52,19 @@ def engine_at(endpoint: Endpoint) -> int:
     return pid
 
 
+@pytest.mark.parametrize(("own", "found"), [(None, "30000"), ("5", "5")])
+def test_threads_sleep_while_another_program_has_the_processor(
+    own: str | None, found: str, llama_server: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Soon, unless the user says when."""
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    if own:
+        monkeypatch.setenv("GOMP_SPINCOUNT", own)
+    with serve(ServerOptions(tiny, port=0)) as endpoint:
+        variables = Path(f"/proc/{engine_at(endpoint)}/environ").read_text().split("\0")
+    assert [variable for variable in variables if "SPIN" in variable] == [f"GOMP_SPINCOUNT={found}"]
+
+
 def test_the_openai_client_streams_what_it_gets_at_once(endpoint: Endpoint) -> None:
     question: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Say something."}]
     with openai_client(endpoint, endpoint.api_key or "") as client:
