@@ -20,8 +20,8 @@ MANIFEST: Final = "manifest.json"
 BUILD_IT: Final = "run `hy-engine build`"
 BUILD_STOCK: Final = "run `hy-engine build --stock`"
 # Variables for every process that computes. GNU's OpenMP lets a thread spin 300,000 times, some milliseconds, for one
-# that another program keeps from running, at every one of a token's hundreds of barriers. A tenth of it is as fast
-# where nothing else runs, and more than twice as fast where every processor is busy.
+# that another program keeps from running, at every one of a token's hundreds of barriers. A tenth of it is more than
+# twice as fast where every processor is busy, and lies between two numbers that cost nothing where nothing else runs.
 WAITING: Final = {"GOMP_SPINCOUNT": "30000"}
 
 
