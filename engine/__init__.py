@@ -1,5 +1,5 @@
 """The engine room: llama.cpp, pinned, patched, built and found."""
 
-from hymoe.engine.installed import WAITING, Engine, find
+from hymoe.engine.installed import IGNORED_VARIABLES, WAITING, Engine, environment, find
 
-__all__ = ["WAITING", "Engine", "find"]
+__all__ = ["IGNORED_VARIABLES", "WAITING", "Engine", "environment", "find"]

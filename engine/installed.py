@@ -23,6 +23,8 @@ BUILD_STOCK: Final = "run `hy-engine build --stock`"
 # that another program keeps from running, at every one of a token's hundreds of barriers. A tenth of it is more than
 # twice as fast where every processor is busy, and lies between two numbers that cost nothing where nothing else runs.
 WAITING: Final = {"GOMP_SPINCOUNT": "30000"}
+# The engine's tools read their options from these as well; what runs must be what the command line says.
+IGNORED_VARIABLES: Final = ("LLAMA_ARG_", "AIP_")
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,11 @@ class Engine:
             if (file := self.bin / f"lib{name}{suffix}").is_file():
                 return file
         raise EngineError(f"the engine in {self.bin} has no library {name}", fix="run `hy-engine build --force`")
+
+
+def environment() -> dict[str, str]:
+    """Give the environment for a tool of the engine: ours without IGNORED_VARIABLES, and WAITING where we have none."""
+    return WAITING | {name: value for name, value in os.environ.items() if not name.startswith(IGNORED_VARIABLES)}
 
 
 def engine_root() -> Path:

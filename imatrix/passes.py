@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Final, TextIO
 
 from hymoe import console
-from hymoe.engine import WAITING, find
+from hymoe.engine import environment, find
 from hymoe.errors import EngineError, HyError, ModelFileError, OutputError, UnsupportedError
 from hymoe.imatrix import files
 from hymoe.imatrix.files import Imatrix
@@ -175,10 +175,9 @@ class _Tool:
 
     def _run(self, command: list[str]) -> None:
         # A session of its own: Ctrl-C in the terminal reaches us alone. Should we be killed, the next line ends it.
-        own = {key: value for key, value in os.environ.items() if not key.startswith("LLAMA_ARG_")}
         with subprocess.Popen(
             command,
-            env=WAITING | own,
+            env=environment(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import subprocess
 import tempfile
@@ -22,8 +21,6 @@ TOOL: Final = "hymoe-measure"
 FORMAT: Final = 1  # of what is remembered; another number and everything is asked again
 # Whatever a machine is busy with; loading a head takes the tool half a second.
 SECONDS: Final = 300
-# llama-server reads options from these as well; only what is asked may count.
-_IGNORED: Final = ("LLAMA_ARG_", "AIP_")
 MIN_BATCH_VARIABLE: Final = "GGML_OP_OFFLOAD_MIN_BATCH"
 # What the tool's log says went wrong, what says most first.
 _REASONS: Final = (
@@ -43,7 +40,7 @@ def ask(*arguments: str, min_batch: int | None = None) -> dict[str, Any]:
     from hymoe import engine
 
     tool = engine.find().tool(TOOL)
-    variables = environment() if min_batch is None else environment() | {MIN_BATCH_VARIABLE: str(min_batch)}
+    variables = engine.environment() | ({} if min_batch is None else {MIN_BATCH_VARIABLE: str(min_batch)})
     try:
         done = subprocess.run(
             [tool, *arguments],
@@ -61,14 +58,6 @@ def ask(*arguments: str, min_batch: int | None = None) -> dict[str, Any]:
         raise EngineError("the engine cannot measure this", got=reason(done.stderr, done.returncode))
     found: dict[str, Any] = json.loads(done.stdout)
     return found
-
-
-def environment() -> dict[str, str]:
-    """Give our own environment, without what the engine would take for its options, and as a server has it."""
-    from hymoe import engine
-
-    own = {name: value for name, value in os.environ.items() if not name.startswith(_IGNORED)}
-    return engine.WAITING | own
 
 
 def reason(log: str, returncode: int) -> str:

@@ -69,8 +69,6 @@ OWNED_FLAGS = {
         "it serves nothing; give it to the llama-server in the folder that `hy-engine path` prints",
     ),
 }
-# The engine reads its options from these as well; what it runs must be what the command line says.
-IGNORED_VARIABLES = ("LLAMA_ARG_", "AIP_")
 
 
 @dataclass(frozen=True)
@@ -368,10 +366,10 @@ def command_line(
 def _environment(options: ServerOptions) -> dict[str, str]:
     from hymoe import engine
 
-    dropped = sorted(name for name in os.environ if name.startswith(IGNORED_VARIABLES))
+    dropped = sorted(name for name in os.environ if name.startswith(engine.IGNORED_VARIABLES))
     if dropped:
         console.warn(f"{', '.join(dropped)}: ignored; give llama-server arguments after --")
-    env = engine.WAITING | {name: value for name, value in os.environ.items() if name not in dropped}
+    env = engine.environment()
     if options.plan:
         env |= {name: value for name, value in options.plan.environment().items() if name not in engine.WAITING}
     if not console.is_verbose():

@@ -154,7 +154,7 @@ def _rows(file: Path, options: Options, tick: console.Tick) -> list[Row]:
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log,
         subprocess.Popen(
             command,
-            env=measuring.environment(),
+            env=engine.environment(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=log,
