@@ -80,12 +80,16 @@ def run(arguments: Sequence[object], **options: object) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def interrupt(arguments: Sequence[object], after: float, how: signal.Signals, **options: object) -> tuple[int, str]:
-    """Start a conversion and send a signal `after` seconds of writing; gives status and stderr."""
+def interrupt(
+    arguments: Sequence[object], after: float, how: signal.Signals, *, n_records: float = 0, **options: object
+) -> tuple[int, str]:
+    """Start a conversion and send a signal `after` seconds of writing and so many records; gives status and stderr."""
     process = start(arguments, **options)
     journal = Path(f"{arguments[1]}.journal")
     before = journal.stat().st_mtime_ns if journal.exists() else 0
     while process.poll() is None and not (journal.exists() and journal.stat().st_mtime_ns != before):
+        time.sleep(0.002)
+    while process.poll() is None and journal.exists() and journal.read_bytes().count(b"\n") < n_records:
         time.sleep(0.002)
     time.sleep(after)
     process.send_signal(how)

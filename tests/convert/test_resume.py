@@ -45,7 +45,7 @@ def left(out: Path) -> list[str]:
 
 def stop_in_the_middle(folder: Path, out: Path, *options: str) -> str:
     """Interrupt a conversion after something was recorded and before the end; gives what it said."""
-    status, err = interrupt([folder, out, *options], 0.15, signal.SIGINT, **PACE)
+    status, err = interrupt([folder, out, *options], 0.15, signal.SIGINT, n_records=2, **PACE)
     assert status == 130, err
     assert left(out) == [f"{out.name}.journal", f"{out.name}.part"]
     assert records(out) > 1
