@@ -8,79 +8,93 @@ Speeds are the server's own, of one request with random tokens. Ours and the bes
 the one and then the other in front; a ratio is the median of the turns'. Target: prefill and generation each 1.0.
 
 --device: with the first GPU that the engine lists, and a file that does not fit into its memory: our plan, the stock
-engine's `--fit on`, and `--n-cpu-moe N` with N from few to all layers; what does not load says so. No target. A plan
-leaves a software device alone, which is slower than the processor, unless it is told otherwise (--as-card).
+engine's `--fit on` with its defaults, and a sweep over ubatch and `--n-cpu-moe`, from the fewest layers that load on,
+and over threads. No target. A plan leaves a software device alone, which is slower than the processor, unless it is
+told otherwise (--as-card).
 
+--card GIB: the same, as if the GPU were a card of so much memory (24, say): what an NVIDIA card has beyond that is
+held meanwhile, and the file has all 32 layers (47 GB) unless --layers says otherwise. Ours, the best of the sweep and
+`--fit on` then take turns. Targets: generation 1.0 of the best and of `--fit on`, prefill 1.5 of `--fit on`.
+
+The engines are those of `hy-engine build --backend cuda`, and with `--stock` besides, whose folder --stock names.
+The roofline beside our plan is the bytes that it reads for a token over the bandwidth of the memories they lie in.
 Ends with status 1 where a target is missed. The file is kept in --work for the next run.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
+import shutil
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Final
 
-from common import WORK, say
-from sized_model import Shape, layers_that_fit, write
+import ballast
+from common import WORK, gigabytes, say
+from serving import Setting, Speeds, Use, loads, measure, table, turns
+from sized_model import Shape, layers_that_fit, n_bytes, write
 
 if TYPE_CHECKING:
+    from hymoe.runtime.machine import Machine
     from hymoe.runtime.planned import Plan
 
-USE = (4096, 500)  # tokens of a prompt and its answer
-LOAD_SECONDS = 1800
-ANSWER_SECONDS = 3600
-TARGET = 1.0
+USE: Final = Use(4096, 500)  # what the best setting is chosen for
+FULL: Final = 32  # layers of Hunyuan-A13B
+BEST: Final = "the best of the sweep"
+FIT: Final = "stock, --fit on"
+# What a ratio of ours must be, by what it is compared to.
+Targets = Mapping[str, Mapping[str, float]]
+ON_PROCESSOR: Final[Targets] = {BEST: {"prefill": 1.0, "generation": 1.0}}
+ON_CARD: Final[Targets] = {BEST: {"generation": 1.0}, FIT: {"prefill": 1.5, "generation": 1.0}}
 
 
 @dataclass(frozen=True)
-class Setting:
-    """A server's arguments and environment, under the name that the table gives them."""
+class Bench:
+    """What is measured: a file of `n_layer` layers, for a use.
 
-    name: str
-    arguments: tuple[str, ...]
-    environment: tuple[tuple[str, str], ...] = ()
+    stock: folder of the stock engine. common: arguments that every one of its servers gets. n_warm: tokens of a prompt
+    before the one that counts.
+    """
 
+    gguf: Path
+    n_layer: int
+    use: Use
+    stock: Path
+    common: tuple[str, ...]
+    n_turn: int
+    n_warm: int
 
-@dataclass(frozen=True)
-class Speeds:
-    """Tokens per second."""
+    def setting(self, name: str, *words: object) -> Setting:
+        """Give a setting of the stock engine."""
+        return Setting(f"stock, {name}", (*self.common, *map(str, words)), engine=self.stock)
 
-    prefill: float
-    generation: float
-
-    @property
-    def seconds(self) -> float:
-        return USE[0] / self.prefill + USE[1] / self.generation
+    def measure(self, *settings: Setting) -> dict[Setting, Speeds | None]:
+        return {setting: measure(self.gguf, setting, self.use, n_warm=self.n_warm) for setting in settings}
 
 
 def main() -> int:
     options = parse()
-    options.work.mkdir(parents=True, exist_ok=True)
-    shape = Shape(options.layers or layers_that_fit(), options.width, n_ff=options.ff)
-    gguf: Path = options.work / f"placement-{shape.n_layer}-{shape.n_embd}-{shape.n_ff}.gguf"
-    if not gguf.exists():
-        say(f"writing {gguf}")
-        write(gguf, shape)
-    plan = planned(options, gguf)
-    ours = Setting("our plan", tuple(plan.arguments()), tuple(plan.environment().items()))
-    print(f"{shape.n_layer} layers of width {shape.n_embd}, {gguf.stat().st_size / 1e9:.2f} GB")
-    print(f"prompt of {options.prompt} tokens, {options.answer} generated")
-    print(f"our plan: {' '.join([*('='.join(pair) for pair in ours.environment), *ours.arguments])}")
-    print(f"it predicts {plan.speeds.prefill:.2f} tokens/s reading and {plan.speeds.generation:.2f} writing")
-    if options.device:
-        return on_device(options, gguf, ours, shape.n_layer)
-    return on_processor(options, gguf, ours)
+    with card(options.card) if options.card else nullcontext():
+        shape = Shape(options.layers or (FULL if options.card else layers_that_fit()), options.width, n_ff=options.ff)
+        gguf = file_of(options.work, shape)
+        plan = planned(options, gguf)
+        about(plan, options, shape, gguf)
+        common = ["--ctx-size", str(options.ctx), "--parallel", "1"]
+        common += ["--device", plan.machine.devices[0].name if on_device(options) else "none"]
+        # warming up reads all experts, which takes a software device minutes
+        common += ["--no-warmup"] if on_device(options) else []
+        n_warm = options.prompt if options.card else 2
+        use = Use(options.prompt, options.answer)
+        bench = Bench(gguf, shape.n_layer, use, options.stock, tuple(common), options.turns, n_warm)
+        environment = tuple(plan.environment().items())
+        ours = Setting("our plan", (*plan.arguments(), *(["--no-warmup"] if on_device(options) else [])), environment)
+        return compare_on_device(bench, options, plan, ours) if on_device(options) else compare(bench, options, ours)
 
 
 def parse() -> argparse.Namespace:
@@ -88,22 +102,58 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stock", type=Path, required=True, help="folder of the stock engine, of the same backend")
     parser.add_argument("--device", action="store_true", help="with a GPU instead of on the processor alone")
+    parser.add_argument("--card", type=float, default=0, help="GiB of the card that the GPU stands for")
     parser.add_argument("--as-card", action="store_true", help="plan as if a software device were as fast as a card")
     parser.add_argument("--layers", type=int, default=0, help="0: what half of the free memory holds")
     parser.add_argument("--width", type=int, default=4096, help="n_embd [%(default)s]")
     parser.add_argument("--ff", type=int, default=3072, help="n_ff of an expert [%(default)s]")
-    parser.add_argument("--prompt", type=int, default=2048, help="tokens [%(default)s]")
+    parser.add_argument("--prompt", type=int, default=0, help="tokens [2048, with --card 4096]")
     parser.add_argument("--answer", type=int, default=48, help="tokens [%(default)s]")
     parser.add_argument("--ctx", type=int, default=8192, help="tokens [%(default)s]")
     parser.add_argument("--threads", type=numbers, default=[*{max(1, cores // 2), cores}], help="of the sweep")
-    parser.add_argument("--ubatches", type=numbers, default=[512, 1024, 2048], help="of the sweep")
-    parser.add_argument("--turns", type=int, default=3, help="of ours and the best [%(default)s]")
+    parser.add_argument("--ubatches", type=numbers, default=[512, 1024, 2048, 4096], help="of the sweep")
+    parser.add_argument("--turns", type=int, default=3, help="of ours and the others [%(default)s]")
     parser.add_argument("--work", type=Path, default=WORK, help="folder for the file [build/bench]")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.prompt = options.prompt or (USE.prompt if options.card else 2048)
+    options.ubatches = [n for n in options.ubatches if n <= options.prompt] or options.ubatches[:1]
+    return options
 
 
 def numbers(text: str) -> list[int]:
     return [int(word) for word in text.split(",")]
+
+
+def on_device(options: argparse.Namespace) -> bool:
+    return bool(options.device or options.card)
+
+
+# -- what is measured --------------------------------------------------------------------------------------------------
+
+
+def card(gib: float) -> AbstractContextManager[None]:
+    """Hold what the first GPU has beyond a card of so many GiB with a desktop on it."""
+    from hymoe.runtime import machine
+    from hymoe.sizes import DESKTOP_VRAM
+
+    devices = machine.probe().devices
+    if not devices:
+        raise SystemExit("--card: the engine lists no GPU (is HYMOE_ENGINE one that was built for it?)")
+    want = int(gib * 2**30) - DESKTOP_VRAM
+    return ballast.leave(want) if devices[0].free > want else nullcontext()
+
+
+def file_of(work: Path, shape: Shape) -> Path:
+    """Give the file of a shape, written where it is not there yet."""
+    work.mkdir(parents=True, exist_ok=True)
+    gguf = work / f"placement-{shape.n_layer}-{shape.n_embd}-{shape.n_ff}.gguf"
+    if not gguf.exists():
+        size, room = n_bytes(shape), shutil.disk_usage(work).free
+        if size > room:
+            raise SystemExit(f"{work}: has {gigabytes(room)} free, the file takes {gigabytes(size)}; name --work")
+        say(f"writing {gguf}, {gigabytes(size)}")
+        write(gguf, shape)
+    return gguf
 
 
 def planned(options: argparse.Namespace, gguf: Path) -> Plan:
@@ -112,145 +162,140 @@ def planned(options: argparse.Namespace, gguf: Path) -> Plan:
     from hymoe.runtime.planned import Wish
 
     here = machine.probe()
-    if not options.device:
-        here = replace(here, devices=())
-    elif options.as_card:
-        rate, link = machine.PAPER_VRAM_BANDWIDTH, machine.PAPER_LINK
-        fast = (replace(device, bandwidth=rate, link=link, link_pageable=link) for device in here.devices)
-        here = replace(here, devices=tuple(fast))
+    here = replace(here, devices=here.devices[:1] if on_device(options) else ())
+    if options.as_card:
+        here = as_card(here)
     tuned = tune.known(gguf, here)
-    if tuned is None and not options.device:  # what is tuned is the processor's part
+    if tuned is None and not on_device(options):  # what is tuned is the processor's part
         tuned = tune.tune(gguf, here)
     return settle.settle(gguf, layout.read(gguf), here, Wish(n_ctx=options.ctx, n_parallel=1), tuned)
+
+
+def as_card(here: Machine) -> Machine:
+    from hymoe.runtime.machine import PAPER_LINK, PAPER_VRAM_BANDWIDTH
+
+    link, rate = PAPER_LINK, PAPER_VRAM_BANDWIDTH
+    fast = (replace(device, bandwidth=rate, link=link, link_pageable=link) for device in here.devices)
+    return replace(here, devices=tuple(fast))
+
+
+def about(plan: Plan, options: argparse.Namespace, shape: Shape, gguf: Path) -> None:
+    words = [*("=".join(pair) for pair in plan.environment().items()), *plan.arguments()]
+    print(f"{shape.n_layer} layers of width {shape.n_embd}, {gigabytes(gguf.stat().st_size)}")
+    print(f"prompt of {options.prompt} tokens, {options.answer} generated")
+    for device in plan.machine.devices:
+        print(f"{device.name}: {device.description}, {gigabytes(device.free)} free")
+    print(f"our plan: {' '.join(words)}")
+    print(f"it predicts {plan.speeds.prefill:.2f} tokens/s reading and {plan.speeds.generation:.2f} writing")
+    print(f"roofline of writing: {roof(plan):.2f} tokens/s, {' and '.join(read(plan))}")
+
+
+def bandwidths(plan: Plan) -> dict[str, float]:
+    """Give the bytes/s of each memory of a plan."""
+    from hymoe.runtime.planned import RAM
+    from hymoe.runtime.roofline import bandwidth_of
+
+    return {device.name: bandwidth_of(device, plan.machine) for device in plan.devices} | {RAM: plan.machine.bandwidth}
+
+
+def read(plan: Plan) -> Iterator[str]:
+    for name, rate in bandwidths(plan).items():
+        yield f"{gigabytes(plan.speeds.read[name])} of {name} at {rate / 1e9:.0f} GB/s"
+
+
+def roof(plan: Plan) -> float:
+    """Give the tokens/s that reading alone allows."""
+    return 1 / sum(plan.speeds.read[name] / rate for name, rate in bandwidths(plan).items())
 
 
 # -- on the processor --------------------------------------------------------------------------------------------------
 
 
-def on_processor(options: argparse.Namespace, gguf: Path, ours: Setting) -> int:
-    swept = {setting: measure(options, gguf, setting, options.stock) for setting in sweep(options)}
-    table({setting.name: speeds for setting, speeds in swept.items() if speeds})
-    loaded = {setting: speeds for setting, speeds in swept.items() if speeds}
-    best = min(loaded, key=lambda setting: loaded[setting].seconds)
-    print(f"best of the sweep for {USE[0]} + {USE[1]} tokens: {best.name}")
-    turns: dict[str, list[float]] = {"prefill": [], "generation": []}
-    for turn in range(options.turns):
-        pair = [(ours, None), (best, options.stock)]
-        found = {setting: measure(options, gguf, setting, engine) for setting, engine in pair[:: 1 - 2 * (turn % 2)]}
-        mine, theirs = found[ours], found[best]
-        if not mine or not theirs:
-            raise SystemExit("what loaded before does not load any more")
-        turns["prefill"].append(mine.prefill / theirs.prefill)
-        turns["generation"].append(mine.generation / theirs.generation)
-    for name, ratios in turns.items():
-        every = " ".join(f"{ratio:.3f}" for ratio in ratios)
-        print(f"{name} by the best of the sweep: {median(ratios):.3f}   target {TARGET}   all turns {every}")
-        # no one setting need be the best of both
-        share = getattr(loaded[best], name) / max(getattr(speeds, name) for speeds in loaded.values())
-        print(f"  which has {share:.3f} of the {name} that any setting of the sweep has")
-    return 0 if all(median(ratios) >= TARGET for ratios in turns.values()) else 1
+def compare(bench: Bench, options: argparse.Namespace, ours: Setting) -> int:
+    swept = bench.measure(*on_processor(bench, options))
+    table({setting.name: speeds for setting, speeds in swept.items()}, USE)
+    return verdict(bench, ours, {BEST: told(swept)}, ON_PROCESSOR)
 
 
-def sweep(options: argparse.Namespace) -> Iterator[Setting]:
+def on_processor(bench: Bench, options: argparse.Namespace) -> Iterator[Setting]:
     for repack, threads, ubatch in product((True, False), sorted(options.threads), options.ubatches):
-        words = [
-            "--threads",
-            str(threads),
-            "--ubatch-size",
-            str(ubatch),
-            "--ctx-size",
-            str(options.ctx),
-            "--fit",
-            "off",
-        ]
-        words += ["--parallel", "1", "--device", "none"] + ([] if repack else ["--no-repack"])
-        name = f"{'repacked' if repack else 'as stored'}, {threads} threads, ubatch {ubatch}"
-        yield Setting(name, tuple(words))
+        words = ["--fit", "off", "--threads", threads, "--ubatch-size", ubatch] + ([] if repack else ["--no-repack"])
+        yield bench.setting(f"{'repacked' if repack else 'as stored'}, {threads} threads, ubatch {ubatch}", *words)
 
 
 # -- with a device -----------------------------------------------------------------------------------------------------
 
 
-def on_device(options: argparse.Namespace, gguf: Path, ours: Setting, n_layer: int) -> int:
-    # warming up reads all experts, which takes a software device minutes
-    ours = replace(ours, arguments=(*ours.arguments, "--no-warmup"))
-    common = ("--ctx-size", str(options.ctx), "--parallel", "1", "--no-warmup")
-    steps = sorted({n_layer * quarter // 4 for quarter in range(5)})
-    others = [Setting("stock, --fit on", (*common, "--fit", "on"))]
-    for n in steps:
-        words = (*common, "--fit", "off", "--gpu-layers", "99", "--n-cpu-moe", str(n))
-        others.append(Setting(f"stock, --n-cpu-moe {n}", words))
-    rows = {ours.name: measure(options, gguf, ours, None)}
-    rows |= {setting.name: measure(options, gguf, setting, options.stock) for setting in others}
-    table(rows)
-    return 0 if rows[ours.name] else 1
+def compare_on_device(bench: Bench, options: argparse.Namespace, plan: Plan, ours: Setting) -> int:
+    fit = bench.setting("--fit on", "--fit", "on")
+    swept = bench.measure(*(setting for ubatch in options.ubatches for setting in on_card(bench, ubatch)))
+    best = best_of(swept)
+    swept |= bench.measure(*(with_threads(best, n) for n in options.threads))
+    rows = bench.measure(ours, fit)
+    table({setting.name: speeds for setting, speeds in (rows | swept).items()}, USE)
+    best, mine = told(swept), rows[ours]
+    if mine is None:
+        return 1
+    print(f"of the roofline our plan has {mine.generation / roof(plan):.2f}")
+    if not options.card:
+        return 0
+    return verdict(bench, ours, {BEST: best, FIT: fit}, ON_CARD)
 
 
-# -- measuring ---------------------------------------------------------------------------------------------------------
+def on_card(bench: Bench, ubatch: int) -> Iterator[Setting]:
+    """Give the settings of an ubatch with the fewest layers' experts in RAM that load, and one more."""
+
+    def setting(n: int) -> Setting:
+        words = ("--fit", "off", "--gpu-layers", 99, "--n-cpu-moe", n)
+        batch = ("--batch-size", max(2048, ubatch), "--ubatch-size", ubatch)
+        return bench.setting(f"--n-cpu-moe {n}, ubatch {ubatch}", *words, *batch)
+
+    fewest, most = 0, bench.n_layer
+    while fewest < most:
+        middle = (fewest + most) // 2
+        fewest, most = (fewest, middle) if loads(bench.gguf, setting(middle)) else (middle + 1, most)
+    yield from (setting(n) for n in (fewest, fewest + 1) if n <= bench.n_layer)
 
 
-def table(rows: Mapping[str, Speeds | None]) -> None:
-    print(f"{'setting':44}{'prefill':>10}{'generation':>12}{'seconds':>9}")
-    for name, speeds in rows.items():
-        if speeds is None:
-            print(f"{name:44}{'does not load':>31}")
-        else:
-            print(f"{name:44}{speeds.prefill:10.2f}{speeds.generation:12.2f}{speeds.seconds:9.1f}")
+def with_threads(setting: Setting, n: int) -> Setting:
+    return replace(setting, name=f"{setting.name}, {n} threads", arguments=(*setting.arguments, "--threads", str(n)))
 
 
-def measure(options: argparse.Namespace, gguf: Path, setting: Setting, engine: Path | None) -> Speeds | None:
-    """Give the speeds of one request to a server of its own; None where it does not come up."""
-    import numpy as np
-
-    ids = np.random.default_rng(1).integers(1000, Shape(1).n_vocab, options.prompt).tolist()
-    with server(gguf, setting, engine) as port:
-        if port is None:
-            say(f"{setting.name}: does not load")
-            return None
-        ask(port, ids[:2], 1)
-        timings = ask(port, ids, options.answer)
-    assert timings["prompt_n"] == options.prompt
-    found = Speeds(timings["prompt_per_second"], timings["predicted_per_second"])
-    say(f"{setting.name}: {found.prefill:.2f} and {found.generation:.2f} tokens/s")
-    return found
+# -- judging -----------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def server(gguf: Path, setting: Setting, engine: Path | None) -> Iterator[int | None]:
-    """Run a server, ours where `engine` is None; gives its port, None where it ends before it answers."""
-    from hymoe import engine as engines
-    from hymoe.runtime import process
-
-    tool = engine / "llama-server" if engine else engines.find().tool("llama-server")
-    port = process.free_port("127.0.0.1")
-    command: Sequence[str | Path] = [tool, "--model", gguf, "--port", str(port), *setting.arguments]
-    environment = os.environ | dict(setting.environment)
-    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
-        try:
-            yield port if healthy(child, port) else None
-        finally:
-            child.kill()
+def best_of(swept: Mapping[Setting, Speeds | None]) -> Setting:
+    """Give the setting that takes the least time."""
+    loaded = {setting: speeds for setting, speeds in swept.items() if speeds}
+    if not loaded:
+        raise SystemExit("no setting of the sweep loads")
+    return min(loaded, key=lambda setting: loaded[setting].seconds(USE))
 
 
-def healthy(child: subprocess.Popen[bytes], port: int) -> bool:
-    deadline = time.monotonic() + LOAD_SECONDS
-    while child.poll() is None and time.monotonic() < deadline:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10):
-                return True
-        except OSError:
-            time.sleep(0.2)
-    return False
+def told(swept: Mapping[Setting, Speeds | None]) -> Setting:
+    """Give the best setting, and say how near it comes to the best of each speed."""
+    best = best_of(swept)
+    print(f"best of the sweep for {USE.prompt} + {USE.answer} tokens: {best.name}")
+    for name in ("prefill", "generation"):  # no one setting need be the best of both
+        share = getattr(swept[best], name) / max(getattr(speeds, name) for speeds in swept.values() if speeds)
+        print(f"  which has {share:.3f} of the {name} that any setting of the sweep has")
+    return best
 
 
-def ask(port: int, ids: list[int], n_answer: int) -> dict[str, Any]:
-    body = {"prompt": ids, "n_predict": n_answer, "cache_prompt": False, "ignore_eos": True, "temperature": 0}
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as answer:
-        timings: dict[str, Any] = json.loads(answer.read())["timings"]
-    return timings
+def verdict(bench: Bench, ours: Setting, others: Mapping[str, Setting], targets: Targets) -> int:
+    """Let all take turns, print each ratio of ours with its target; 1 where one is missed."""
+    found = turns(bench.gguf, [ours, *others.values()], bench.use, bench.n_turn, n_warm=bench.n_warm)
+    missed = 0
+    for column, other in enumerate(others, 1):
+        for name, target in targets[other].items():
+            ratios = [getattr(turn[0], name) / getattr(turn[column], name) for turn in found]
+            missed += median(ratios) < target
+            print(f"{name} by {other}: {median(ratios):.3f}   target {target}   all turns {listed(ratios)}")
+    return 1 if missed else 0
+
+
+def listed(ratios: Sequence[float]) -> str:
+    return " ".join(f"{ratio:.3f}" for ratio in ratios)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +96,14 @@ def tensors(shape: Shape) -> Iterator[tuple[str, GGMLQuantizationType, tuple[int
             ("ffn_down_exps", better, (n, d, f)),
         ):
             yield f"blk.{layer}.{name}.weight", kind, dims
+
+
+def n_bytes(shape: Shape) -> int:
+    """Give the bytes of a file's tensors."""
+    from gguf import GGML_QUANT_SIZES
+
+    sizes = ((prod(dims), *GGML_QUANT_SIZES[kind]) for _, kind, dims in tensors(shape))
+    return sum(n // per_block * size for n, per_block, size in sizes)
 
 
 _made: dict[tuple[Any, ...], Any] = {}
