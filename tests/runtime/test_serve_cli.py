@@ -136,8 +136,23 @@ def test_a_key_from_the_environment(llama_server: Path, tiny: Path, port: int, m
 def test_keys_from_a_file(llama_server: Path, tiny: Path, port: int, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("# ours\nab\ncd\n")
+    keys.chmod(0o600)
     with serving(tiny, port, "--api-key-file", keys, note=""):
         assert [status_of(port, key) for key in ("", "ab", "cd", "# ours")] == [401, 200, 200, 401]
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o620])
+def test_keys_that_others_can_read_are_warned_about(mode: int, tmp_path: Path) -> None:
+    """Once, and before anything else is looked at."""
+    keys = tmp_path / "keys"
+    keys.write_text("ab\n")
+    keys.chmod(mode)
+    done = run(command("hy-serve", tmp_path / "none.gguf", "--port", 0, "-q", "--api-key-file", keys))
+    warning, error = done.stderr.splitlines()
+    assert warning == (
+        f"warning: --api-key-file {keys}: other users of this machine can read or change it; chmod 600 mends that"
+    )
+    assert error.startswith("error: ")
 
 
 @pytest.mark.parametrize(
