@@ -8,12 +8,13 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
+from children import child
 from terminal import TIMEOUT, command, engine_of, is_running
 
 ENDLESS_QUESTION: dict[str, Any] = {"prompt": "count<|extra_0|>", "n_predict": -1, "repeat_penalty": 1, "stream": True}
@@ -77,24 +78,25 @@ def served(
     *arguments: object,
     env: Mapping[str, str] | None = None,
     ready: bool = True,
-    address_space: int | None = None,
+    before: Sequence[str] = (),
 ) -> Iterator[Served]:
     """Run hy-serve on a free port; unless `ready` is False, the block begins when it is ready.
 
-    address_space: bytes that it and its engine may have, each.
+    before: words that change what it runs in, and then become it.
     """
     port = free_port()
-    words = [] if address_space is None else ["sh", "-c", f'ulimit -v {address_space >> 10}; exec "$@"', "sh"]
-    words += command("hy-serve", model, "--port", port, "--threads", 1, *arguments)
+    words = [*before, *command("hy-serve", model, "--port", port, "--threads", 1, *arguments)]
     environment = {**os.environ, **(env or {})}
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    with child(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
         server = Served(process, port)
-        try:
-            if ready:
-                server.expect("ready: ")
-            yield server
-        finally:
-            process.kill()
+        if ready:
+            server.expect("ready: ")
+        yield server
+
+
+def limited(address_space: int) -> list[str]:
+    """What gives a program, and each of its children, so many bytes of address space."""
+    return ["sh", "-c", f'ulimit -v {address_space >> 10}; exec "$@"', "sh"]
 
 
 class Streaming(threading.Thread):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import paper
 import pytest
+from children import child
 from rpc_worker import rpc_worker
 
 from hymoe import engine
@@ -113,7 +114,7 @@ def allocated(model: Path, arguments: Sequence[str]) -> dict[str, Breakdown]:
     command: list[str | Path] = [engine.find().tool("llama-server"), "--model", model, "--port", str(port)]
     command += ["--no-warmup", "--verbosity", "4", *arguments]
     found: dict[str, dict[str, float]] = {}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
+    with child(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as server:
         assert server.stdout
         lines = []
         for line in server.stdout:
@@ -125,7 +126,6 @@ def allocated(model: Path, arguments: Sequence[str]) -> dict[str, Breakdown]:
                 sums[KINDS[row[2]]] += float(row[3]) * 2**20
             if LOADED in line:
                 break
-        server.kill()
         assert LOADED in lines[-1], "".join(lines)[-3000:]
     return {name: Breakdown(**{kind: round(size) for kind, size in sums.items()}) for name, sums in found.items()}
 

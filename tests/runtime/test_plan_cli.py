@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import paper
 import pytest
+from children import child
 from large_model import Large
 from large_model import write as write_large
 from rpc_worker import rpc_worker
@@ -84,7 +85,7 @@ def running(tool: Path, model: Path, found: Plan, log: Path) -> Iterator[httpx.C
     address = ["--host", "127.0.0.1", "--port", str(port), "--jinja", "--verbosity", "4"]
     with log.open("wb") as file:
         command = [str(tool), "--model", str(model), *address, *found.arguments()]
-        child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | found.environment())
+        child = process.spawn(command, os.environ | found.environment(), file)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=300) as client:
             wait_for(client, child, log)
@@ -275,12 +276,12 @@ def test_an_end_leaves_no_file(tmp_path: Path) -> None:
     files.mkdir()
     command = [sys.executable, "-c", "from hymoe.runtime.plan_cli import main; raise SystemExit(main())"]
     environment = {**os.environ, "TMPDIR": str(files)}
-    with subprocess.Popen([*command, str(tmp_path / "large")], env=environment) as child:
+    with child([*command, str(tmp_path / "large")], env=environment) as planning:
         while not any(files.iterdir()):
-            assert child.poll() is None
+            assert planning.poll() is None
             time.sleep(0.01)
-        child.terminate()
-        assert child.wait(60) == 143
+        planning.terminate()
+        assert planning.wait(60) == 143
     assert not any(files.iterdir())
 
 

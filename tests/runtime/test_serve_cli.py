@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from children import child
 from terminal import TIMEOUT, Terminal, command, ends, engine_of, is_running, run
 from tiny_model import TRAINED, write_model
 
@@ -34,20 +35,17 @@ def port() -> int:
 def serving(model: Path, port: int, *more: object, note: str = NO_KEY) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """A healthy hy-serve and its engine's process id."""
     words = command("hy-serve", model, "--port", port, "--threads", 1, *more)
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as parent:
-        try:
-            assert parent.stderr is not None
-            text = ""
-            while not text.endswith(f"ready: http://127.0.0.1:{port} (context {TRAINED})\n"):
-                line = parent.stderr.readline()
-                assert line, text
-                text += line
-            assert unplanned(text) == f"{loading(model, port)}{note}{line}"
-            engine = engine_of(parent.pid)
-            assert engine is not None
-            yield parent, engine
-        finally:
-            parent.kill()
+    with child(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as parent:
+        assert parent.stderr is not None
+        text = ""
+        while not text.endswith(f"ready: http://127.0.0.1:{port} (context {TRAINED})\n"):
+            line = parent.stderr.readline()
+            assert line, text
+            text += line
+        assert unplanned(text) == f"{loading(model, port)}{note}{line}"
+        engine = engine_of(parent.pid)
+        assert engine is not None
+        yield parent, engine
 
 
 def loading(model: Path, port: int) -> str:

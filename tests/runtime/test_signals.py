@@ -10,6 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from children import child
 from talker import ENDLESS, write_talker
 from terminal import TIMEOUT
 
@@ -32,15 +33,12 @@ def running(llama_server: Path, model: Path) -> Iterator[tuple[subprocess.Popen[
     command = [str(llama_server), "--model", str(model), "--port", str(port), "--threads", "1", "--ctx-size", "4096"]
     transport = httpx.HTTPTransport(retries=6)  # of connecting, with growing pauses
     with (
-        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as server,
+        child(command, stderr=subprocess.PIPE) as server,
         httpx.Client(base_url=f"http://127.0.0.1:{port}", transport=transport, timeout=TIMEOUT) as client,
     ):
-        try:
-            while client.get("/health").status_code != httpx.codes.OK:
-                assert server.poll() is None
-            yield server, client
-        finally:
-            server.kill()
+        while client.get("/health").status_code != httpx.codes.OK:
+            assert server.poll() is None
+        yield server, client
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: signal.Signals(number).name)

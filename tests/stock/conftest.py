@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from children import child
 from terminal import TIMEOUT
 
 from hymoe.engine.build import BuildOptions, build
@@ -36,20 +36,16 @@ def direct(stock: Path) -> Direct:
     def start(model: Path, *flags: str) -> Iterator[httpx.Client]:
         port = process.free_port("127.0.0.1")
         command = [str(stock / "llama-server"), "--model", str(model), "--port", str(port), *flags]
-        quiet = subprocess.DEVNULL
         with (
-            subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet) as server,
+            child(command) as server,
             httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=TIMEOUT) as client,
         ):
-            try:
-                deadline = time.monotonic() + TIMEOUT
-                while not healthy(client):
-                    assert server.poll() is None
-                    assert time.monotonic() < deadline
-                    time.sleep(0.1)
-                yield client
-            finally:
-                server.terminate()
+            deadline = time.monotonic() + TIMEOUT
+            while not healthy(client):
+                assert server.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            yield client
 
     return start
 
