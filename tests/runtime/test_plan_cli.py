@@ -22,7 +22,6 @@ from large_model import Large
 from large_model import write as write_large
 from rpc_worker import rpc_worker
 
-from hymoe import engine
 from hymoe.convert.convert import ConvertOptions, convert
 from hymoe.runtime import buffers, layout, process, settle
 from hymoe.runtime.machine import Machine, probe
@@ -30,7 +29,7 @@ from hymoe.runtime.plan_cli import main
 from hymoe.runtime.planned import RAM, Plan, Wish
 from hymoe.sizes import RAM_MARGIN
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("own_cache")]
 
 GIB = 1 << 30
 SMALL = replace(paper.A13B, n_layer=6, n_embd=512, n_head=8, n_head_kv=2, head_dim=64, n_ff=512, n_vocab=3000)
@@ -42,15 +41,6 @@ MACHINES = {
     "large": (paper.LARGE, [48 * GIB], 384 * GIB),
     "small": (SMALL, [2 * GIB], 8 * GIB),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Nothing that was measured before counts, and the engine stays the one that is built."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HYMOE_ENGINE", str(engine.find().bin))
-        patch.setenv("HYMOE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 def measured(file: Path, found: Plan) -> dict[str, buffers.Breakdown]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 from children import child
+from served import free_port
 from terminal import TIMEOUT, Terminal, command, ends, engine_of, is_running, run
 from tiny_model import TRAINED, write_model
 
@@ -26,9 +27,7 @@ NO_KEY = "no key is set: pages in a browser can use this server too; HYMOE_API_K
 
 @pytest.fixture
 def port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        number: int = probe.getsockname()[1]
-        return number
+    return free_port()
 
 
 @contextmanager
