@@ -10,6 +10,8 @@ import os
 import signal
 from importlib import import_module
 
+_INTERRUPTED = 128 + signal.SIGINT  # as a shell says it
+
 
 class Command:
     """A command of pyproject.toml: called, it runs `main` of its module and gives the exit status."""
@@ -33,9 +35,6 @@ class Command:
         finally:
             signal.signal(signal.SIGINT, quiet)  # the interpreter's own end takes a while too
         return status
-
-
-_INTERRUPTED = 128 + signal.SIGINT
 
 
 def _leave(_number: int, _frame: object) -> None:

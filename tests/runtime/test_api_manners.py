@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ from scripted_model import VENDOR_SAMPLING
 from served import client_of
 from talker import HELLO as SAID
 from talker import write_talker
-from terminal import TIMEOUT
+from terminal import TIMEOUT, run
 
 pytestmark = pytest.mark.engine
 
@@ -149,7 +148,7 @@ def test_a_full_context_ends_the_answer(client: httpx.Client) -> None:
 @pytest.mark.parametrize("flags", [["--context-shift"], ["--cache-reuse", "16"]], ids=" ".join)
 def test_moved_keys_are_refused_at_start(llama_server: Path, model: Path, flags: list[str]) -> None:
     command = [str(llama_server), "--model", str(model), "--port", "0", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    done = run(command)
     assert done.returncode == 1
     lines = [line for line in done.stderr.splitlines() if "refused" in line]
     assert len(lines) == 1

@@ -56,6 +56,8 @@ def little_ram(wide: Path, tmp_path: Path) -> list[str]:
     """What runs a program on a machine whose RAM is short by half of the experts. A visible skip without the right."""
     plan = placing.place(ServerOptions(wide, threads=1)).plan
     assert plan is not None
+    if plan.machine.devices:
+        pytest.skip("a device is here, which takes what RAM has no room for")
     part, fixed = RAM_MARGIN
     meminfo = tmp_path / "meminfo"
     meminfo.write_text(MEMINFO.format(kib=int((plan.ram.used - plan.ram.experts / 2 + fixed) / (1 - part)) >> 10))
