@@ -98,8 +98,6 @@ class Wanted:
 
 # The rules ask which architecture it is only for others than this family; a name that llama.cpp lacks is refused.
 ENGINE_ARCHITECTURE = "hunyuan-moe"
-# llama-imatrix does not collect for these, and llama-quantize takes no offence.
-WITHOUT_DATA = ("token_embd.weight", "output.weight")
 MAKE_ONE = (
     "make one with `hy-imatrix collect MODEL-Q8_0.gguf -o imatrix.gguf` and pass --imatrix imatrix.gguf, or choose a "
     "larger type"
@@ -214,6 +212,8 @@ def _alike(matrices: Sequence[Matrix], data: Mapping[str, Floats]) -> dict[str, 
     """
     import numpy as np
 
+    from hymoe.imatrix.files import WITHOUT_DATA
+
     return {
         name: np.ones((1, shape[-1]), np.float32)
         for name, shape, _ in matrices
@@ -240,6 +240,8 @@ def _needs_imatrix(wanted: Wanted, matrix: Matrix, qtype: GGMLQuantizationType) 
 
 def _warn_of_gaps(imatrix: Imatrix, matrices: Sequence[Matrix], chosen: Sequence[Target]) -> None:
     """Warn of slices without data and of matrices without an entry: to both, all columns are alike."""
+    from hymoe.imatrix.files import WITHOUT_DATA
+
     pairs = list(zip(matrices, chosen, strict=True))
     used = [matrix for matrix, target in pairs if target.importance is not None]
     used = [matrix for matrix in used if matrix.name in imatrix.entries]

@@ -22,7 +22,8 @@ TYPER = re.compile(r"(<!-- typer )[\d.]+( -->)")
 def commands() -> dict[str, str]:
     """Give every console command of pyproject.toml and its module."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return {name: target.partition(":")[0] for name, target in sorted(project["scripts"].items())}
+    begins = {name: metadata.EntryPoint(name, target, "").load() for name, target in sorted(project["scripts"].items())}
+    return {name: begin.module for name, begin in begins.items()}
 
 
 def help_text(command: str) -> str:

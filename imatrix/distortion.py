@@ -17,18 +17,14 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
 from hymoe.errors import ModelFileError
-from hymoe.imatrix.files import Imatrix
+from hymoe.imatrix.files import WITHOUT_DATA, Imatrix
 from hymoe.imatrix.weights import Floats, Tensor, Weights
 
 # Rows per tensor: the error of a matrix from 128 rows of 256 is known to a per cent, of wider ones better.
 N_SAMPLE: Final = 128
 SEED: Final = 20251
 FLOATS: Final = ("F32", "F16", "BF16")
-# llama-imatrix does not collect for these. All columns alike is better than nothing: without importance ggml weighs
-# errors by the size of the weights, with it by what they cost. The converter does the same with a recipe.
-WITHOUT_DATA: Final = ("token_embd.weight", "output.weight")
-
-# Without importance llama-quantize and the converter refuse these.
+# Without importance llama-quantize and the converter, which asks the engine, refuse these.
 NEED_IMPORTANCE: Final = ("IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
 
 Errors = dict[str, dict[str, float]]
@@ -57,6 +53,8 @@ def importance_of(imatrix: Imatrix | None, tensors: Mapping[str, Tensor]) -> dic
         found[name] = values.reshape(tensor.n_slice, -1)
     if not found:
         raise ModelFileError(other, got="no entry for any tensor of this one")
+    # All columns alike is better than nothing: without importance ggml weighs errors by the size of the weights, with
+    # it by what they cost. The converter does the same with a recipe.
     for name in WITHOUT_DATA:
         if name in tensors and name not in found:
             found[name] = np.ones((1, tensors[name].shape[-1]), np.float32)

@@ -33,6 +33,8 @@ NOTES: Final = "hymoe."
 # A `.dat` does not tell how many tokens a chunk has; llama-imatrix takes its own default, too.
 LEGACY_CHUNK_SIZE: Final = 512
 LEGACY_SUFFIX: Final = ".dat"
+# llama-imatrix has no entries for these, or has them on request, and llama-quantize takes no offence.
+WITHOUT_DATA: Final = ("token_embd.weight", "output.weight")
 
 # What a legacy file may claim before it is taken for something else: the format has no magic number.
 MAX_ENTRIES: Final = 1 << 20

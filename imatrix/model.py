@@ -20,8 +20,6 @@ ARCHITECTURES: Final = ("hunyuan-moe", "hunyuan-large")
 # Of 45 GB the fingerprint reads this much in each of so many places.
 SAMPLE_BYTES: Final = 1 << 16
 SAMPLES: Final = 64
-# llama-imatrix has no entries for these, or has them on request.
-OUTSIDE_LAYERS: Final = ("token_embd.weight", "output.weight")
 
 
 @dataclass(frozen=True)
@@ -84,10 +82,12 @@ class Model:
 
     def check(self, imatrix: Imatrix) -> None:
         """Raise ModelFileError naming the first tensor of `imatrix` that this model does not have as it says."""
+        from hymoe.imatrix.files import WITHOUT_DATA
+
         other = f"{imatrix.name}: the importance matrix of another model"
         for name, entry in imatrix.entries.items():
             shape = self.shapes.get(name)
-            if shape is None and name not in OUTSIDE_LAYERS:
+            if shape is None and name not in WITHOUT_DATA:
                 raise ModelFileError(other, got=f"an entry for {name}", expected=f"the tensors of {self.path.name}")
             if shape is None:
                 continue

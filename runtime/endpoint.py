@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,11 @@ def keys_of(file: Path) -> list[str]:
     if not keys:
         raise ServerError(f"--api-key-file {file}", got="no key in it", expected="one a line")
     return keys
+
+
+def is_shared(file: Path) -> bool:
+    """Whether others than its owner can do anything with a file; False where its mode says nothing about that."""
+    return os.name == "posix" and bool(file.stat().st_mode & 0o077)
 
 
 def check_access(host: str, keys: Collection[str], *, insecure: bool) -> None:

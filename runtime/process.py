@@ -50,11 +50,14 @@ def spawn(command: Sequence[str], env: Mapping[str, str], log: BinaryIO) -> subp
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        preexec_fn=_death_signal() if sys.platform == "linux" else None,  # noqa: PLW1509 - only system calls in it
+        preexec_fn=death_signal(),  # noqa: PLW1509 - only system calls in it
     )
 
 
-def _death_signal() -> Callable[[], None]:
+def death_signal() -> Callable[[], None] | None:
+    """Give what a child calls first so that the kernel kills it when this thread ends; None where no kernel does."""
+    if sys.platform != "linux":
+        return None
     # Looked up before the fork: in the child only system calls are safe.
     prctl = ctypes.CDLL(None, use_errno=True).prctl
     parent, refused, kill = os.getpid(), os._exit, ctypes.c_ulong(signal.SIGKILL)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from hymoe import console
-from hymoe.runtime.endpoint import Endpoint, is_loopback
+from hymoe.runtime.endpoint import Endpoint, is_loopback, is_shared
 from hymoe.runtime.monitor import Monitor
 from hymoe.runtime.placing import place, smaller, summary
 from hymoe.runtime.process import Terminated, signals_as_exceptions
@@ -115,7 +115,9 @@ def supervise(options: ServerOptions, drain: float = DRAIN_SECONDS) -> int:
     its status, one that crashes is started again. The model goes where a plan says, unless `options` place it.
     Raises as `Server` and `place` do.
     """
-    checked_keys(options)  # before the plan, which takes seconds
+    # before the plan, which takes seconds
+    checked_keys(options)
+    _warn_of_shared_keys(options.api_key_file)
     with signals_as_exceptions():
         try:
             return _Foreground(place(options), drain).run()
@@ -274,6 +276,11 @@ def _say_who_may_use_it(host: str) -> None:
         console.status("no key is set: pages in a browser can use this server too; HYMOE_API_KEY sets a key")
     else:
         console.warn(f"everybody who reaches {host} can use this server; HYMOE_API_KEY sets a key")
+
+
+def _warn_of_shared_keys(file: Path | None) -> None:
+    if file is not None and is_shared(file):
+        console.warn(f"--api-key-file {file}: other users of this machine can read or change it; chmod 600 mends that")
 
 
 def _why(options: ServerOptions, n_ctx: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +30,6 @@ ROWS: dict[str, tuple[str, dict[str, Any], tuple[Message, ...]]] = {
     "a thought closed by </answer>": ("mixed;", THINKING_ON, (Message("Mixed up.", "An answer.", ()),)),
     "a thinking budget": ("hi", THINKING_ON | {"reasoning_budget_tokens": 0}, (Message("", "At once.", ()),)),
 }  # fmt: skip
-
-
-def vendor_template(data: Path) -> str:
-    """The template of Hunyuan-A13B-Instruct."""
-    config = json.loads((data / "a13b" / "tokenizer_config.json").read_text(encoding="utf-8"))
-    return str(config["chat_template"])
 
 
 def write_model(path: Path, template: str) -> Path:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import socket
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+
+from children import child
 
 from hymoe import engine
 from hymoe.runtime import process
@@ -22,14 +23,11 @@ def rpc_worker() -> Iterator[str]:
     command: list[str | Path] = [engine.find().tool("ggml-rpc-server"), "--host", "127.0.0.1"]
     # What it computes with: the engine's own first choice may be a GPU.
     command += ["--device", "CPU", "--port", str(port), "--threads", "1"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
-        try:
-            deadline = time.monotonic() + SECONDS
-            while time.monotonic() < deadline:
-                with closing(socket.socket()) as probe:
-                    if probe.connect_ex(("127.0.0.1", port)) == 0:
-                        break
-                time.sleep(0.05)
-            yield f"127.0.0.1:{port}"
-        finally:
-            child.terminate()
+    with child(command):
+        deadline = time.monotonic() + SECONDS
+        while time.monotonic() < deadline:
+            with closing(socket.socket()) as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.05)
+        yield f"127.0.0.1:{port}"

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
+from children import child
 from terminal import TIMEOUT, command, engine_of, is_running
+
+from hymoe.runtime import process
+from hymoe.runtime.server import ServerOptions, serve
 
 ENDLESS_QUESTION: dict[str, Any] = {"prompt": "count<|extra_0|>", "n_predict": -1, "repeat_penalty": 1, "stream": True}
 
@@ -77,24 +80,62 @@ def served(
     *arguments: object,
     env: Mapping[str, str] | None = None,
     ready: bool = True,
-    address_space: int | None = None,
+    before: Sequence[str] = (),
 ) -> Iterator[Served]:
     """Run hy-serve on a free port; unless `ready` is False, the block begins when it is ready.
 
-    address_space: bytes that it and its engine may have, each.
+    before: words that change what it runs in, and then become it.
     """
     port = free_port()
-    words = [] if address_space is None else ["sh", "-c", f'ulimit -v {address_space >> 10}; exec "$@"', "sh"]
-    words += command("hy-serve", model, "--port", port, "--threads", 1, *arguments)
+    words = [*before, *command("hy-serve", model, "--port", port, "--threads", 1, *arguments)]
     environment = {**os.environ, **(env or {})}
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
-        server = Served(process, port)
-        try:
-            if ready:
-                server.expect("ready: ")
-            yield server
-        finally:
-            process.kill()
+    with child(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as started:
+        server = Served(started, port)
+        if ready:
+            server.expect("ready: ")
+        yield server
+
+
+@contextmanager
+def client_of(model: Path, **options: Any) -> Iterator[httpx.Client]:
+    """A client of a server that this process looks after, with ServerOptions; it sends no key."""
+    with (
+        serve(ServerOptions(model, **{"port": 0, "threads": 1, **options})) as endpoint,
+        httpx.Client(base_url=endpoint.url, trust_env=False, timeout=TIMEOUT) as client,
+    ):
+        yield client
+
+
+@contextmanager
+def direct(
+    tool: Path, model: Path, *arguments: str, stderr: int = subprocess.DEVNULL
+) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
+    """A llama-server with nothing of hy-serve's between, healthy, and a client of it."""
+    port = free_port()
+    words: list[str | Path] = [tool, "--model", model, "--port", str(port), *arguments]
+    with (
+        child(words, stderr=stderr) as server,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=TIMEOUT) as client,
+    ):
+        deadline = time.monotonic() + TIMEOUT
+        while not is_healthy(client):
+            assert server.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        yield server, client
+
+
+def is_healthy(client: httpx.Client) -> bool:
+    """Whether the server answers and has its model."""
+    try:
+        return client.get("/health").status_code == httpx.codes.OK
+    except httpx.TransportError:
+        return False
+
+
+def limited(address_space: int) -> list[str]:
+    """What gives a program, and each of its children, so many bytes of address space."""
+    return ["sh", "-c", f'ulimit -v {address_space >> 10}; exec "$@"', "sh"]
 
 
 class Streaming(threading.Thread):
@@ -135,9 +176,7 @@ def streaming(url: str, n_clients: int = 4) -> Iterator[list[Streaming]]:
 
 def free_port() -> int:
     """A port that is free now."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
+    return process.free_port("127.0.0.1")
 
 
 def children_of(pid: int) -> list[int]:

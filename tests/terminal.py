@@ -18,6 +18,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from children import child
+
+from hymoe.runtime.process import death_signal
+
 TIMEOUT = 120.0  # against hanging; says nothing about speed
 
 
@@ -31,7 +35,13 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end without a terminal; the streams come as text."""
     done = subprocess.run(
-        words, input=stdin or b"", capture_output=True, timeout=TIMEOUT, check=False, env={**os.environ, **(env or {})}
+        words,
+        input=stdin or b"",
+        capture_output=True,
+        timeout=TIMEOUT,
+        check=False,
+        env={**os.environ, **(env or {})},
+        preexec_fn=death_signal(),
     )
     return subprocess.CompletedProcess(words, done.returncode, done.stdout.decode(), done.stderr.decode())
 
@@ -40,8 +50,11 @@ class Terminal:
     """A command on a terminal; `screen` is all it has shown, \\r\\n as \\n."""
 
     def __init__(self, words: list[str], *, env: Mapping[str, str] | None = None) -> None:
+        die_with_tests = death_signal()
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
+            if die_with_tests:
+                die_with_tests()
             os.environ.update(env or {})
             # 50 lines of 500 columns: no line of a test wraps.
             fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 500, 0, 0))
@@ -115,7 +128,7 @@ def engine_of(pid: int, *arguments: str) -> int | None:
 
 def engine_of_killed(code: str, model: Path) -> int:
     """Run Python that serves `model` and prints "up", kill it, and give the process id of its engine."""
-    with subprocess.Popen([sys.executable, "-c", code, model], stdout=subprocess.PIPE, text=True) as parent:
+    with child([sys.executable, "-c", code, str(model)], stdout=subprocess.PIPE) as parent:
         assert parent.stdout is not None
         assert parent.stdout.readline() == "up\n"
         pid = engine_of(parent.pid)

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from hymoe import entry
+
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PACKAGE_DIR: dict[str, str] = PYPROJECT["tool"]["setuptools"]["package-dir"]
@@ -155,10 +157,15 @@ def test_nine_functions_in_ten_are_short() -> None:
     assert len(lengthy) <= 0.1 * len(functions), lengthy
 
 
-@pytest.mark.parametrize("module", [*(target.partition(":")[0] for target in COMMANDS.values())])
-def test_help_comes_without_heavy_imports(module: str) -> None:
+def test_every_command_begins_at_the_entry() -> None:
+    begun = {name: value for name, value in vars(entry).items() if isinstance(value, entry.Command)}
+    assert {name.replace("_", "-"): f"hymoe.entry:{name}" for name in begun} == COMMANDS
+
+
+@pytest.mark.parametrize("name", [target.partition(":")[2] for target in COMMANDS.values()])
+def test_help_comes_without_heavy_imports(name: str) -> None:
     script = (
-        f"import sys; from {module} import main; status = main(['--help'])\n"
+        f"import sys; from hymoe.entry import {name} as run; sys.argv[1:] = ['--help']; status = run()\n"
         f"print('loaded:', *[name for name in {HEAVY!r} if name in sys.modules]); sys.exit(status)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 import shlex
 import shutil
 import subprocess
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Self
 
 import pytest
+from children import child
 
 SECONDS = 15.0  # against hanging; says nothing about speed
 SCREENS = Path(__file__).resolve().parent / "runtime" / "screens"
@@ -36,13 +38,19 @@ class Tmux:
     ) -> None:
         if not shutil.which("tmux"):
             pytest.skip("tmux is not installed")
-        self._socket = f"hymoe-{secrets.token_hex(6)}"
         shown = "; ".join([shlex.join(words), 'echo "[exit status $?]"', "exec sleep 600"])
         # A screen that knows the usual sequences, whatever the developer's own settings are.
         clean = {"TERM": "xterm-256color", "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8", **(env or {})}
         size = ["-x", str(columns), "-y", str(rows)]
         settings = [part for name, value in clean.items() for part in ("-e", f"{name}={value}")]
-        self._tmux("new-session", "-d", "-s", "t", *size, *settings, "-c", str(cwd), "sh", "-c", shown, env=os.environ)
+        with ExitStack() as undo:
+            folder = undo.enter_context(TemporaryDirectory(prefix="hymoe-"))
+            self._command = ["tmux", "-S", f"{folder}/socket", "-f", "/dev/null"]
+            # Not a daemon, but a child that ends with the tests; what it runs is hung up on then.
+            undo.enter_context(child([*self._command, "-D"]))
+            self._begin("new-session", "-d", "-s", "t", *size, *settings, "-c", str(cwd), "sh", "-c", shown)
+            undo.callback(self._tmux, "kill-server")
+            self._undo = undo.pop_all()
 
     def __enter__(self) -> Self:
         return self
@@ -50,7 +58,7 @@ class Tmux:
     def __exit__(
         self, _type: type[BaseException] | None, _value: BaseException | None, _trace: TracebackType | None
     ) -> None:
-        self._tmux("kill-server")
+        self._undo.close()
 
     @property
     def pid(self) -> int:
@@ -107,9 +115,22 @@ class Tmux:
             time.sleep(0.25)
         return now
 
-    def _tmux(self, *words: str, env: Mapping[str, str] | None = None) -> str:
-        command = ["tmux", "-L", self._socket, "-f", "/dev/null", *words]
-        return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True, env=env).stdout
+    def _begin(self, *words: str) -> None:
+        """Give the first command, as soon as the server listens."""
+        deadline = time.monotonic() + SECONDS
+        while True:
+            try:
+                self._tmux("-N", *words)  # -N: no other server
+            except subprocess.CalledProcessError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.02)
+            else:
+                return
+
+    def _tmux(self, *words: str) -> str:
+        command = [*self._command, *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True).stdout
 
 
 def check_screen(name: str, shown: str) -> None:

@@ -33,7 +33,8 @@ RESULTS = (*TEXTS, {"t": 21.5, "说": "晴"}, ["a", 1, None], 7, True)
 ARGUMENTS: tuple[Any, ...] = ({"city": "北京", "days": 1}, {}, {"text": 'say "hi"\n', "deep": {"list": [1, 2.5, None]}})
 
 
-def vendor_template(data: Path, folder: str) -> str:
+def vendor_template(data: Path, folder: str = "a13b") -> str:
+    """The template of the model whose files are in that folder of `data`: Hunyuan-A13B-Instruct's."""
     template = json.loads((data / folder / "tokenizer_config.json").read_text("utf-8"))["chat_template"]
     assert isinstance(template, str)
     return template

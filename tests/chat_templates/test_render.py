@@ -36,7 +36,7 @@ def conversations(longest: int) -> list[Messages]:
 
 @pytest.mark.data
 def test_fallback_equals_the_vendors_template(data: Path) -> None:
-    vendor = vendor_template(data, "a13b")
+    vendor = vendor_template(data)
     compared = refused = 0
     for messages, variables in product(conversations(2), THINKING):
         if messages and not messages[0].get("content"):
@@ -129,7 +129,7 @@ def test_fallback_with_tools_word_for_word() -> None:
 @pytest.mark.data
 def test_fallback_has_the_vendors_wire_form_with_tools(data: Path) -> None:
     """All but the prose at the head."""
-    vendor = repair(vendor_template(data, "a13b")).text
+    vendor = repair(vendor_template(data)).text
     compared = 0
     for messages, variables in conversations_of(2000, seed=5):
         if variables.get("tools") and messages[0]["role"] in ("system", "user"):

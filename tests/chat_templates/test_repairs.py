@@ -72,7 +72,7 @@ def test_every_short_conversation(data: Path, folder: str) -> None:
 
 
 def test_nothing_fails_that_a_client_may_send(data: Path) -> None:
-    repaired = repair(vendor_template(data, "a13b")).text
+    repaired = repair(vendor_template(data)).text
     for messages, variables in conversations(2000, seed=2, roles=ROLES):
         text = rendered(repaired, messages, **variables)
         assert text is not None, (messages, variables)
@@ -94,14 +94,14 @@ def test_an_empty_opening_changes_nothing(data: Path, folder: str, opening: dict
 def test_why_one_start_token_is_a_repair(data: Path) -> None:
     """Where dict.update is allowed, in plain jinja2, the vendor's template begins such a user's turn twice."""
     messages = [{"role": "system", "content": ""}, {"role": "user", "content": "U"}]
-    plain = Environment(trim_blocks=True, lstrip_blocks=True).from_string(vendor_template(data, "a13b"))
+    plain = Environment(trim_blocks=True, lstrip_blocks=True).from_string(vendor_template(data))
     assert plain.render(messages=messages) == "<|startoftext|><|startoftext|>U<|extra_0|>"
 
 
 @pytest.mark.parametrize("tools", [TOOLS, None], ids=["tools", "no tools"])
 @pytest.mark.parametrize("result", [{"t": 21.5, "说": "晴"}, ["a", 1, None], 7, False], ids=str)
 def test_tool_results_that_are_no_text_are_their_json(data: Path, result: object, tools: Any) -> None:
-    vendor = vendor_template(data, "a13b")
+    vendor = vendor_template(data)
     messages: list[dict[str, Any]] = [
         {"role": "user", "content": "U"},
         {"role": "assistant", "content": "", "tool_calls": [CALL]},
@@ -114,7 +114,7 @@ def test_tool_results_that_are_no_text_are_their_json(data: Path, result: object
 
 @pytest.mark.parametrize("tools", [TOOLS, None], ids=["tools", "no tools"])
 def test_past_thoughts_are_dropped_or_kept_as_the_model_wrote_them(data: Path, tools: Any) -> None:
-    vendor = vendor_template(data, "a13b")
+    vendor = vendor_template(data)
     repaired = repair(vendor).text
     plain = [{"role": "user", "content": "U"}, {"role": "assistant", "content": "A"}]
     with_thought = [plain[0], {**plain[1], "reasoning_content": "Hm."}]
@@ -135,7 +135,7 @@ def test_calls_with_a_thought(data: Path) -> None:
     ]
     one = '{"name": "now", "arguments": {"zone": "北京"}}'
     called = f"<tool_calls>[{one}, {one}]</tool_calls>"
-    for template in (repair(vendor_template(data, "a13b")).text, fallback()):
+    for template in (repair(vendor_template(data)).text, fallback()):
         dropped = rendered(template, messages, tools=TOOLS)
         kept = rendered(template, messages, tools=TOOLS, keep_thoughts=True)
         assert dropped is not None
@@ -162,6 +162,6 @@ def test_every_repair_is_needed_and_has_a_reason(data: Path) -> None:
 def test_what_is_not_found_is_kept(data: Path) -> None:
     assert repair(fallback()).applied == ()
     assert repair("{{ messages }}") == repair(repair("{{ messages }}").text)
-    other = vendor_template(data, "a13b").replace("{'has_head': true}", "{'has_head': True}")
+    other = vendor_template(data).replace("{'has_head': true}", "{'has_head': True}")
     assert repair(other).still_mutates
     assert "{'has_head': True}" in repair(other).text

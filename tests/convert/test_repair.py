@@ -57,7 +57,7 @@ def with_template(checkpoint: Path, template: str) -> Path:
 
 @pytest.fixture(scope="session")
 def vendor(data: Path) -> str:
-    return vendor_template(data, "a13b")
+    return vendor_template(data)
 
 
 @pytest.fixture(scope="session")

@@ -49,7 +49,7 @@ def test_the_vendors_is_repaired(
 
 @pytest.mark.data
 def test_keep_template_carries_it_unchanged(data: Path, mini: Path, tmp_path: Path) -> None:
-    vendor = vendor_template(data, "a13b")
+    vendor = vendor_template(data)
     assert converted(mini, tmp_path, vendor, "--keep-template") == both(vendor, "vendor")
 
 

@@ -22,6 +22,7 @@ from hymoe.convert.cli import main as hy_convert
 from hymoe.imatrix import coverage, files, model, passes, repair
 from hymoe.imatrix.cli import main
 from hymoe.imatrix.files import Imatrix
+from hymoe.runtime.process import death_signal
 
 pytestmark = pytest.mark.engine
 
@@ -89,7 +90,13 @@ def test_an_output_is_not_replaced_unasked(tiny: Path, tmp_path: Path, capsys: p
 def process(*arguments: object) -> subprocess.Popen[str]:
     program = "import sys; from hymoe.imatrix.cli import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", program, *map(str, arguments)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=death_signal(),  # noqa: PLW1509 - only system calls in it
+    )
 
 
 def interrupted(arguments: Sequence[object], part: Path, how: signal.Signals) -> tuple[int, str]:

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType, GGUFReader, quants
+from gguf import GGMLQuantizationType, GGUFReader, LlamaFileType, quants
 from tiny_recipe_model import write_imatrix
 
 from hymoe.convert.convert import ConvertOptions, convert
+from hymoe.engine import bindings
 from hymoe.engine.evaluator import Evaluator
+from hymoe.engine.quant_types import ModelShape, Tensor, choose
 from hymoe.errors import ModelFileError
 from hymoe.imatrix import distortion, files, heldout, sensitivity
 from hymoe.imatrix.divergence import Reference, Tally
@@ -53,6 +55,17 @@ def test_errors_are_what_gguf_py_computes(gguf: Path, imatrix: Path) -> None:
             energy += usage * float((np.square(values.astype(np.float64)) @ columns[index]).sum())
     assert found["Q8_0"] == pytest.approx(squares / energy, rel=1e-3)
     assert found["Q4_K"] > 50 * found["Q8_0"]
+
+
+def test_the_types_that_need_importance_are_the_engines() -> None:
+    """Those for which llama-quantize asks, and among them what ggml does not quantize without."""
+    types = [qtype for qtype in GGMLQuantizationType if qtype.name not in ("Q8_1", "Q8_K")]  # never in a file
+    asked = [Tensor(DOWN, (1, 256), qtype, fixed=True) for qtype in types]
+    shape = ModelShape("hunyuan-moe", n_embd=256, n_ff=256, n_layer=2, n_head=1, n_head_kv=1, n_expert=1, head_dim=256)
+    answers = choose(shape, LlamaFileType.MOSTLY_Q8_0, asked, imatrix=False).tensors
+    needing = {qtype.name for qtype, answer in zip(types, answers, strict=True) if answer.requires_imatrix}
+    assert needing == set(distortion.NEED_IMPORTANCE)
+    assert {qtype.name for qtype in types if bindings.requires_importance(qtype)} <= needing
 
 
 def test_an_imatrix_of_another_model_is_refused_by_its_first_tensor(gguf: Path, tmp_path: Path) -> None:

@@ -35,6 +35,16 @@ def llama_server() -> Path:
 
 
 @pytest.fixture(scope="module")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A module's own cache folder: nothing that was measured before counts. The engine stays the one that is built."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HYMOE_ENGINE", str(engine.find().bin))
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("HYMOE_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
 def endpoint(llama_server: Path, tiny: Path) -> Iterator[Endpoint]:
     """A healthy server with a key, shared by a module's tests."""
     with serve(ServerOptions(tiny, port=0, api_key=KEY, threads=1)) as endpoint:

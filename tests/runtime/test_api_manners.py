@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,13 +11,13 @@ from typing import Any
 
 import httpx
 import pytest
+from chat_templates.conversations import vendor_template
 from clients_rows import ADD, HELLO, JSON_PATHS, ROWS, WRONG, clock, post, refused
 from scripted_model import VENDOR_SAMPLING
+from served import client_of
 from talker import HELLO as SAID
 from talker import write_talker
-from terminal import TIMEOUT
-
-from hymoe.runtime.server import ServerOptions, serve
+from terminal import TIMEOUT, run
 
 pytestmark = pytest.mark.engine
 
@@ -32,13 +31,6 @@ UI_PATHS = (
 
 
 @pytest.fixture(scope="module")
-def template(data: Path) -> str:
-    text = json.loads((data / "a13b" / "tokenizer_config.json").read_text("utf-8"))["chat_template"]
-    assert isinstance(text, str)
-    return text
-
-
-@pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_talker(tmp_path_factory.mktemp("model") / "talker.gguf")
 
@@ -46,26 +38,22 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def client(llama_server: Path, model: Path) -> Iterator[httpx.Client]:
     """A server of the scripted model with our template."""
-    yield from serving(model)
+    with client_of(model) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")
-def vendors(llama_server: Path, template: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+def vendors(llama_server: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     """The same with the vendor's template."""
-    yield from serving(write_talker(tmp_path_factory.mktemp("model") / "vendors.gguf", template))
+    template = vendor_template(data)
+    with client_of(write_talker(tmp_path_factory.mktemp("model") / "vendors.gguf", template)) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")
 def keyed(llama_server: Path, model: Path) -> Iterator[httpx.Client]:
     """A server with a key, asked without it."""
-    yield from serving(model, api_key=KEY)
-
-
-def serving(model: Path, **options: Any) -> Iterator[httpx.Client]:
-    with (
-        serve(ServerOptions(model, port=0, threads=1, **options)) as endpoint,
-        httpx.Client(base_url=endpoint.url, trust_env=False, timeout=TIMEOUT) as client,
-    ):
+    with client_of(model, api_key=KEY) as client:
         yield client
 
 
@@ -160,7 +148,7 @@ def test_a_full_context_ends_the_answer(client: httpx.Client) -> None:
 @pytest.mark.parametrize("flags", [["--context-shift"], ["--cache-reuse", "16"]], ids=" ".join)
 def test_moved_keys_are_refused_at_start(llama_server: Path, model: Path, flags: list[str]) -> None:
     command = [str(llama_server), "--model", str(model), "--port", "0", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    done = run(command)
     assert done.returncode == 1
     lines = [line for line in done.stderr.splitlines() if "refused" in line]
     assert len(lines) == 1
@@ -177,7 +165,7 @@ def test_both_end_tokens_stop(client: httpx.Client, question: str, answer: str, 
 
 def test_the_files_sampling_is_the_default_and_the_client_wins(llama_server: Path, tmp_path: Path) -> None:
     wanted = {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "repeat_penalty": 1.05}
-    for client in serving(write_talker(tmp_path / "m.gguf", sampling=VENDOR_SAMPLING)):
+    with client_of(write_talker(tmp_path / "m.gguf", sampling=VENDOR_SAMPLING)) as client:
         default = client.get("/props").json()["default_generation_settings"]["params"]
         assert {name: pytest.approx(default[name]) for name in wanted} == wanted
         assert default["repeat_last_n"] == -1

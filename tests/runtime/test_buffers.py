@@ -11,6 +11,7 @@ from pathlib import Path
 
 import paper
 import pytest
+from children import child
 from rpc_worker import rpc_worker
 
 from hymoe import engine
@@ -18,7 +19,7 @@ from hymoe.errors import EngineError, ModelFileError
 from hymoe.runtime import buffers, layout, measuring, process
 from hymoe.runtime.buffers import HOST, Breakdown
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("own_cache")]
 
 # A13B and Large with all their widths, and less of what only multiplies: layers and experts.
 A13B = replace(paper.A13B, n_layer=2, n_expert=16)
@@ -73,16 +74,6 @@ QUICK = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Nothing that was measured before counts, and the engine stays the one that is built."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HYMOE_ENGINE", str(engine.find().bin))
-        folder = tmp_path_factory.mktemp("cache")
-        patch.setenv("HYMOE_CACHE", str(folder))
-        yield folder
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("paper")
@@ -113,7 +104,7 @@ def allocated(model: Path, arguments: Sequence[str]) -> dict[str, Breakdown]:
     command: list[str | Path] = [engine.find().tool("llama-server"), "--model", model, "--port", str(port)]
     command += ["--no-warmup", "--verbosity", "4", *arguments]
     found: dict[str, dict[str, float]] = {}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
+    with child(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as server:
         assert server.stdout
         lines = []
         for line in server.stdout:
@@ -125,7 +116,6 @@ def allocated(model: Path, arguments: Sequence[str]) -> dict[str, Breakdown]:
                 sums[KINDS[row[2]]] += float(row[3]) * 2**20
             if LOADED in line:
                 break
-        server.kill()
         assert LOADED in lines[-1], "".join(lines)[-3000:]
     return {name: Breakdown(**{kind: round(size) for kind, size in sums.items()}) for name, sums in found.items()}
 
@@ -227,12 +217,12 @@ def test_a_whole_model_without_its_weights(tmp_path: Path, model: paper.Paper) -
     assert sum(memory.weights for memory in found.values()) == pytest.approx(total + embedding, rel=1e-5)
 
 
-def test_answers_are_remembered_by_what_was_asked(files: dict[str, Path], cache: Path) -> None:
+def test_answers_are_remembered_by_what_was_asked(files: dict[str, Path], own_cache: Path) -> None:
     case = Case("cpu", "small", "f16", 512, n_ctx=1024)
-    before = set(cache.glob("measured/buffers-*.json"))
+    before = set(own_cache.glob("measured/buffers-*.json"))
     first = buffers.measure(files["small"], case.arguments)
     assert buffers.measure(paper.write(files["small"].with_name("again.gguf"), SMALL), case.arguments) == first
-    assert len(set(cache.glob("measured/buffers-*.json")) - before) == 1
+    assert len(set(own_cache.glob("measured/buffers-*.json")) - before) == 1
     wider = buffers.measure(files["small"], replace(case, ubatch=1024).arguments)
     assert wider[HOST].compute > first[HOST].compute
     file = files["small"].with_name("other.gguf")

@@ -11,10 +11,9 @@ import pytest
 from clients_rows import ADD, post
 from format_client import books
 from format_shapes import FAST, SHAPES, Shape
-from terminal import TIMEOUT
+from served import client_of
 
 from hymoe.chat_templates import fallback
-from hymoe.runtime.server import ServerOptions, serve
 
 pytestmark = pytest.mark.engine
 
@@ -61,10 +60,7 @@ def test_every_shape(llama_server: Path, tmp_path: Path) -> None:
         books(shape for shape in SHAPES if not shape.calls and shape.begun in ("", FAST))
     ):
         model = book.write(tmp_path / f"{number}.gguf", fallback())
-        with (
-            serve(ServerOptions(model, port=0, threads=1)) as endpoint,
-            httpx.Client(base_url=endpoint.url, trust_env=False, timeout=TIMEOUT) as client,
-        ):
+        with client_of(model) as client:
             for word, shape in words.items():
                 body = body_of(word, shape)
                 assert streamed(client, body) == whole(client, body), shape

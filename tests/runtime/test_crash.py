@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 import tiny_model
-from served import Served, Streaming, children_of, free_port, served, streaming
+from served import Served, Streaming, children_of, free_port, limited, served, streaming
 from talker import ENDLESS, write_talker
 from terminal import TIMEOUT, command, ends, engine_of, engine_of_killed, is_running, run
 from tiny_model import write_model
@@ -245,7 +245,7 @@ def fill(file: Path) -> None:
 def test_too_little_memory_is_one_line(llama_server: Path, tmp_path: Path) -> None:
     huge = write_model(tmp_path / "huge.gguf", template=fallback(), trained=50_000_000)
     words = ("-q", "--ctx", 0, "--", "--fit", "off")
-    with served(huge, *words, ready=False, address_space=4 << 30) as server:
+    with served(huge, *words, ready=False, before=limited(4 << 30)) as server:
         assert server.end() == 1
     (line,) = server.lines
     assert line.startswith("error: the engine stopped while it was starting: ")
@@ -269,7 +269,7 @@ def test_a_plan_that_needs_too_much_is_stepped_down_once(
     wide = write_model(tmp_path / "wide.gguf", template=fallback(), trained=32768)
     # glibc would reserve addresses for every thread.
     f16 = ("--", "--cache-type-k", "f16", "--cache-type-v", "f16")
-    with served(wide, *f16, env={"MALLOC_ARENA_MAX": "1"}, address_space=1 << 30) as server:
+    with served(wide, *f16, env={"MALLOC_ARENA_MAX": "1"}, before=limited(1 << 30)) as server:
         assert "content" in server.ask(prompt="Hello", n_predict=4).json()
         server.process.send_signal(signal.SIGTERM)
         assert server.end() == 0

@@ -15,6 +15,7 @@ import httpx
 import pytest
 from chat_templates.conversations import vendor_template
 from scripted_model import STOP, STOP_2, VENDOR_SAMPLING, Script, cut, write_scripted
+from served import client_of
 from tiny_model import write_model
 
 from hymoe.chat_templates import fallback, render, repair
@@ -59,15 +60,8 @@ def client(llama_server: Path, foreign: Path, tmp_path_factory: pytest.TempPathF
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(overrides, "cache", lambda: folder)
-        yield from _served(foreign)
-
-
-def _served(model: Path) -> Iterator[httpx.Client]:
-    with (
-        serve(ServerOptions(model, port=0, threads=2)) as endpoint,
-        httpx.Client(base_url=endpoint.url, trust_env=False, timeout=120) as client,
-    ):
-        yield client
+        with client_of(foreign, threads=2) as client:
+            yield client
 
 
 @pytest.fixture(autouse=True)
@@ -239,7 +233,7 @@ def test_the_line_is_said_once(llama_server: Path, tmp_path: Path, capsys: pytes
 
 @pytest.mark.data
 def test_the_published_template_with_tools(data: Path, foreign: Path, cache: Path) -> None:
-    vendor = vendor_template(data, "a13b")
+    vendor = vendor_template(data)
     words = overrides.arguments(overrides.find(changed(foreign, tokenizer__chat_template=vendor), N_CTX))
     repaired = Path(words[-1]).read_text("utf-8")
     messages: list[dict[str, Any]] = [{"role": "user", "content": "U"}, {"role": "tool", "content": {"a": 1}}]

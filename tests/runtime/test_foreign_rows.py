@@ -8,11 +8,10 @@ from pathlib import Path
 import foreign_rows
 import httpx
 import pytest
-from format_rows import vendor_template
-from terminal import TIMEOUT
+from chat_templates.conversations import vendor_template
+from served import client_of
 
 from hymoe.runtime import overrides
-from hymoe.runtime.server import ServerOptions, serve
 
 pytestmark = [pytest.mark.engine, pytest.mark.data]
 
@@ -23,10 +22,7 @@ def client(llama_server: Path, data: Path, tmp_path_factory: pytest.TempPathFact
     model = foreign_rows.write_model(folder / "foreign.gguf", vendor_template(data))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(overrides, "cache", lambda: folder)
-        with (
-            serve(ServerOptions(model, port=0, threads=1)) as endpoint,
-            httpx.Client(base_url=endpoint.url, trust_env=False, timeout=TIMEOUT) as client,
-        ):
+        with client_of(model) as client:
             yield client
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import httpx
 import pytest
+from chat_templates.conversations import vendor_template
 from format_client import TIMEOUT, Book, ask, books, function, message_of, stream
 from format_reader import Message
-from format_rows import ROWS, vendor_template, write_model
+from format_rows import ROWS, write_model
 from format_shapes import FAST, SHAPES, Call, Shape
 from openai import OpenAI
 from openai.types.chat import ChatCompletionMessageParam

@@ -17,11 +17,11 @@ from typing import Any
 import httpx
 import paper
 import pytest
+from children import child
 from large_model import Large
 from large_model import write as write_large
 from rpc_worker import rpc_worker
 
-from hymoe import engine
 from hymoe.convert.convert import ConvertOptions, convert
 from hymoe.runtime import buffers, layout, process, settle
 from hymoe.runtime.machine import Machine, probe
@@ -29,7 +29,7 @@ from hymoe.runtime.plan_cli import main
 from hymoe.runtime.planned import RAM, Plan, Wish
 from hymoe.sizes import RAM_MARGIN
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("own_cache")]
 
 GIB = 1 << 30
 SMALL = replace(paper.A13B, n_layer=6, n_embd=512, n_head=8, n_head_kv=2, head_dim=64, n_ff=512, n_vocab=3000)
@@ -41,15 +41,6 @@ MACHINES = {
     "large": (paper.LARGE, [48 * GIB], 384 * GIB),
     "small": (SMALL, [2 * GIB], 8 * GIB),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Nothing that was measured before counts, and the engine stays the one that is built."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HYMOE_ENGINE", str(engine.find().bin))
-        patch.setenv("HYMOE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 def measured(file: Path, found: Plan) -> dict[str, buffers.Breakdown]:
@@ -84,7 +75,7 @@ def running(tool: Path, model: Path, found: Plan, log: Path) -> Iterator[httpx.C
     address = ["--host", "127.0.0.1", "--port", str(port), "--jinja", "--verbosity", "4"]
     with log.open("wb") as file:
         command = [str(tool), "--model", str(model), *address, *found.arguments()]
-        child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | found.environment())
+        child = process.spawn(command, os.environ | found.environment(), file)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=300) as client:
             wait_for(client, child, log)
@@ -275,12 +266,12 @@ def test_an_end_leaves_no_file(tmp_path: Path) -> None:
     files.mkdir()
     command = [sys.executable, "-c", "from hymoe.runtime.plan_cli import main; raise SystemExit(main())"]
     environment = {**os.environ, "TMPDIR": str(files)}
-    with subprocess.Popen([*command, str(tmp_path / "large")], env=environment) as child:
+    with child([*command, str(tmp_path / "large")], env=environment) as planning:
         while not any(files.iterdir()):
-            assert child.poll() is None
+            assert planning.poll() is None
             time.sleep(0.01)
-        child.terminate()
-        assert child.wait(60) == 143
+        planning.terminate()
+        assert planning.wait(60) == 143
     assert not any(files.iterdir())
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import time
@@ -13,19 +15,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_model
+from children import child
 from served import free_port, served, streaming
-from terminal import TIMEOUT, command, run
+from terminal import TIMEOUT, command, is_running, run
 from tiny_model import write_model
 
 from hymoe.chat_templates import fallback
 from hymoe.engine import cli as engine_cli
-from hymoe.runtime import serve_cli, workers
+from hymoe.runtime import placing, process, serve_cli, workers
+from hymoe.runtime.server import ServerOptions
+from hymoe.sizes import RAM_MARGIN
 
 pytestmark = pytest.mark.engine
 
 # Half of the layers each, whatever would fit.
 SPREAD = ("--", "--n-gpu-layers", "99", "--tensor-split", "1,1", "--fit", "off")
 QUESTION: dict[str, Any] = {"prompt": "Say something.", "n_predict": 60}
+# Of the kernel's words, those from which hy-serve takes how much RAM there is.
+MEMINFO = "MemTotal: {kib} kB\nMemAvailable: {kib} kB\n"
 
 
 @pytest.fixture(scope="module")
@@ -34,22 +42,45 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("model") / "long.gguf", template=fallback(), trained=65536)
 
 
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Experts of 50 MB: more than the settings of a plan can save in RAM."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"N_LAYER": 4, "N_EMBD": 256, "N_FF": 256, "N_EXPERT": 16}.items():
+            patch.setattr(tiny_model, name, value)
+        return write_model(tmp_path_factory.mktemp("model") / "wide.gguf", template=fallback())
+
+
+@pytest.fixture
+def little_ram(wide: Path, tmp_path: Path) -> list[str]:
+    """What runs a program on a machine whose RAM is short by half of the experts. A visible skip without the right."""
+    plan = placing.place(ServerOptions(wide, threads=1)).plan
+    assert plan is not None
+    if plan.machine.devices:
+        pytest.skip("a device is here, which takes what RAM has no room for")
+    part, fixed = RAM_MARGIN
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text(MEMINFO.format(kib=int((plan.ram.used - plan.ram.experts / 2 + fixed) / (1 - part)) >> 10))
+    script = f'mount --bind {shlex.quote(str(meminfo))} /proc/meminfo && exec "$@"'
+    words = ["unshare", "--map-root-user", "--mount", "sh", "-c", script, "sh"]
+    if shutil.which("unshare") is None or run([*words, "true"]).returncode:
+        pytest.skip("no right, or no `unshare`, to show a program another /proc/meminfo")
+    return words
+
+
 @contextmanager
 def worker(host: str, port: int, prefix: Sequence[str] = ()) -> Iterator[subprocess.Popen[str]]:
     """A worker that answers."""
     words = [*prefix, *command("hy-engine", "rpc", "--host", host, "--port", port, "--threads", 1)]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        try:
-            assert process.stdout is not None
-            assert f"worker on {host}:{port}: it has no key and no encryption" in process.stdout.readline()
-            deadline = time.monotonic() + TIMEOUT
-            while not answers(f"{host}:{port}"):
-                assert process.poll() is None
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
-            yield process
-        finally:
-            process.kill()
+    with child(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.stdout is not None
+        assert f"worker on {host}:{port}: it has no key and no encryption" in process.stdout.readline()
+        deadline = time.monotonic() + TIMEOUT
+        while not answers(f"{host}:{port}"):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        yield process
 
 
 def answers(place: str) -> bool:
@@ -81,6 +112,31 @@ def check_spread(model: Path, places: Sequence[str], log: Path) -> None:
         assert server.ask(**QUESTION).json()["content"] == alone(model)
     sizes = devices_of(log)
     assert all(sizes[f"RPC0[{place}]"] > 0 for place in places)
+
+
+def check_planned(model: Path, places: Sequence[str], log: Path, little_ram: Sequence[str]) -> None:
+    """Nothing says where layers go, and RAM is short: some are on workers, the text is the same, and nothing stays."""
+    arguments = ("--rpc", ",".join(places), "--log", log, "--", "--log-verbosity", "4")
+    with served(model, *arguments, before=little_ram) as server:
+        engine, text = server.engine, server.ask(**QUESTION).json()["content"]
+        server.process.send_signal(signal.SIGTERM)
+        assert server.end() == 0
+    assert text == alone(model)
+    assert not is_running(engine)
+    assert process.port_is_free("127.0.0.1", server.port)
+    assert all(map(answers, places))
+    (said,) = (line for line in server.lines if line.startswith("plan: "))
+    planned = {f"RPC0[{places[int(index)]}]" for index in re.findall(r"[1-4] of 4 layers on RPC(\d)", said)}
+    assert planned
+    assert {device for device in devices_of(log) if device.startswith("RPC")} == planned
+
+
+def test_the_plan_uses_workers_where_ram_is_short(
+    llama_server: Path, wide: Path, tmp_path: Path, little_ram: list[str]
+) -> None:
+    ports = [free_port(), free_port()]
+    with worker("127.0.0.1", ports[0]), worker("127.0.0.1", ports[1]):
+        check_planned(wide, [f"127.0.0.1:{port}" for port in ports], tmp_path / "engine.log", little_ram)
 
 
 def test_two_workers_answer_as_one_machine(llama_server: Path, model: Path, tmp_path: Path) -> None:
@@ -172,13 +228,23 @@ def ip(*arguments: str) -> bool:
         return False
 
 
-def test_workers_in_two_network_namespaces(
-    llama_server: Path, model: Path, tmp_path: Path, machines: list[tuple[str, str]]
-) -> None:
+@pytest.fixture
+def away(llama_server: Path, machines: list[tuple[str, str]]) -> Iterator[list[str]]:
+    """A worker on each of two machines."""
     with ExitStack() as both:
         for name, address in machines:
             both.enter_context(worker(address, 50052, ["ip", "netns", "exec", name]))
-        check_spread(model, [f"{address}:50052" for _, address in machines], tmp_path / "engine.log")
+        yield [f"{address}:50052" for _, address in machines]
+
+
+def test_workers_in_two_network_namespaces(model: Path, tmp_path: Path, away: list[str]) -> None:
+    check_spread(model, away, tmp_path / "engine.log")
+
+
+def test_the_plan_uses_workers_in_network_namespaces(
+    wide: Path, tmp_path: Path, little_ram: list[str], away: list[str]
+) -> None:
+    check_planned(wide, away, tmp_path / "engine.log", little_ram)
 
 
 def test_a_cable_that_is_cut_is_noticed(llama_server: Path, model: Path, machines: list[tuple[str, str]]) -> None:

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
 import paper
 import pytest
 
-from hymoe import engine
 from hymoe.runtime import buffers, layout, scratch
 from hymoe.runtime.buffers import HOST
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("own_cache")]
 
 MODELS = {"a13b": paper.A13B, "large": paper.LARGE}
 N_IN_RAM = 20  # layers
 KINDS = [("a13b", "f16"), ("a13b", "q8_0"), ("large", "f16")]
 SIZES = list(product((8192, 131072), (512, 4096)))  # context, ubatch
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Nothing that was measured before counts, and the engine stays the one that is built."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HYMOE_ENGINE", str(engine.find().bin))
-        patch.setenv("HYMOE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")

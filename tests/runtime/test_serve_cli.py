@@ -13,6 +13,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+from children import child
+from served import free_port
 from terminal import TIMEOUT, Terminal, command, ends, engine_of, is_running, run
 from tiny_model import TRAINED, write_model
 
@@ -25,29 +27,24 @@ NO_KEY = "no key is set: pages in a browser can use this server too; HYMOE_API_K
 
 @pytest.fixture
 def port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        number: int = probe.getsockname()[1]
-        return number
+    return free_port()
 
 
 @contextmanager
 def serving(model: Path, port: int, *more: object, note: str = NO_KEY) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """A healthy hy-serve and its engine's process id."""
     words = command("hy-serve", model, "--port", port, "--threads", 1, *more)
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as parent:
-        try:
-            assert parent.stderr is not None
-            text = ""
-            while not text.endswith(f"ready: http://127.0.0.1:{port} (context {TRAINED})\n"):
-                line = parent.stderr.readline()
-                assert line, text
-                text += line
-            assert unplanned(text) == f"{loading(model, port)}{note}{line}"
-            engine = engine_of(parent.pid)
-            assert engine is not None
-            yield parent, engine
-        finally:
-            parent.kill()
+    with child(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as parent:
+        assert parent.stderr is not None
+        text = ""
+        while not text.endswith(f"ready: http://127.0.0.1:{port} (context {TRAINED})\n"):
+            line = parent.stderr.readline()
+            assert line, text
+            text += line
+        assert unplanned(text) == f"{loading(model, port)}{note}{line}"
+        engine = engine_of(parent.pid)
+        assert engine is not None
+        yield parent, engine
 
 
 def loading(model: Path, port: int) -> str:
@@ -136,8 +133,23 @@ def test_a_key_from_the_environment(llama_server: Path, tiny: Path, port: int, m
 def test_keys_from_a_file(llama_server: Path, tiny: Path, port: int, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("# ours\nab\ncd\n")
+    keys.chmod(0o600)
     with serving(tiny, port, "--api-key-file", keys, note=""):
         assert [status_of(port, key) for key in ("", "ab", "cd", "# ours")] == [401, 200, 200, 401]
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o620])
+def test_keys_that_others_can_read_are_warned_about(mode: int, tmp_path: Path) -> None:
+    """Once, and before anything else is looked at."""
+    keys = tmp_path / "keys"
+    keys.write_text("ab\n")
+    keys.chmod(mode)
+    done = run(command("hy-serve", tmp_path / "none.gguf", "--port", 0, "-q", "--api-key-file", keys))
+    warning, error = done.stderr.splitlines()
+    assert warning == (
+        f"warning: --api-key-file {keys}: other users of this machine can read or change it; chmod 600 mends that"
+    )
+    assert error.startswith("error: ")
 
 
 @pytest.mark.parametrize(

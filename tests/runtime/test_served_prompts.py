@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -10,12 +9,12 @@ from typing import Any
 
 import httpx
 import pytest
+from chat_templates.conversations import vendor_template
 from jinja2.exceptions import SecurityError
-from terminal import TIMEOUT
+from served import client_of
 from tiny_model import write_model
 
 from hymoe.chat_templates import fallback, render, repair
-from hymoe.runtime.server import ServerOptions, serve
 
 pytestmark = pytest.mark.engine
 
@@ -53,29 +52,21 @@ def engine_renders(messages: Messages) -> bool:
 
 @pytest.fixture(scope="module")
 def vendor(data: Path) -> str:
-    template = json.loads((data / "a13b" / "tokenizer_config.json").read_text("utf-8"))["chat_template"]
-    assert isinstance(template, str)
-    return template
+    return vendor_template(data)
 
 
 @pytest.fixture(scope="module")
 def vendors_server(llama_server: Path, vendor: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     """A server of a model that carries the vendor's template, which is repaired as it is loaded."""
     model = write_model(tmp_path_factory.mktemp("model") / "vendor.gguf", template=vendor)
-    with (
-        serve(ServerOptions(model, port=0, threads=1)) as endpoint,
-        httpx.Client(base_url=endpoint.url, trust_env=False, timeout=TIMEOUT) as client,
-    ):
+    with client_of(model) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
 def our_server(llama_server: Path, tiny: Path) -> Iterator[httpx.Client]:
     """A server of a model that carries our template."""
-    with (
-        serve(ServerOptions(tiny, port=0, threads=1)) as endpoint,
-        httpx.Client(base_url=endpoint.url, trust_env=False, timeout=TIMEOUT) as client,
-    ):
+    with client_of(tiny) as client:
         yield client
 
 

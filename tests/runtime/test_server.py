@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from children import child
 from openai.types.chat import ChatCompletionMessageParam
 from terminal import TIMEOUT, ends, engine_of, engine_of_killed, is_running
 from tiny_model import TRAINED, write_model
@@ -159,10 +160,7 @@ def test_a_taken_port(llama_server: Path, tiny: Path) -> None:
 
 def test_a_port_taken_after_the_look(llama_server: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stranger binds between our look and the engine's bind, and even answers that it is healthy."""
-    stranger = subprocess.Popen(
-        [sys.executable, "-c", STRANGER], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True
-    )
-    try:
+    with child([sys.executable, "-c", STRANGER], stdout=subprocess.PIPE) as stranger:
         assert stranger.stdout is not None
         port = int(stranger.stdout.readline())
         looks = iter([True])  # the first look sees a free port, the later ones look for themselves
@@ -174,9 +172,6 @@ def test_a_port_taken_after_the_look(llama_server: Path, tiny: Path, monkeypatch
         ):
             pass
         assert next(looks, None) is None
-    finally:
-        stranger.kill()
-        stranger.communicate()
 
 
 STRANGER = """

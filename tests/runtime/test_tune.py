@@ -14,6 +14,7 @@ import gguf
 import numpy as np
 import paper
 import pytest
+from children import child
 from tiny_model import write_model
 
 from hymoe import engine
@@ -107,14 +108,14 @@ def test_a_signal_leaves_nothing(
         "import sys; from pathlib import Path; from hymoe.runtime import machine, tune\n"
         f"tune.tune(Path(sys.argv[1]), machine.Machine.from_json({LONE.to_json()!r}))"
     )
-    with subprocess.Popen([sys.executable, "-c", script, model], stderr=subprocess.PIPE) as child:
+    with child([sys.executable, "-c", script, model], stderr=subprocess.PIPE) as tuning:
         measured = tmp_path / "cache" / "measured"
         deadline = time.monotonic() + 120
         while not list(measured.glob("sample-*/sample.gguf")) and time.monotonic() < deadline:
             time.sleep(0.02)
-        child.send_signal(number)
-        child.communicate(timeout=120)
-    assert child.returncode == (-number if number == signal.SIGINT else 128 + number)
+        tuning.send_signal(number)
+        tuning.communicate(timeout=120)
+    assert tuning.returncode == (-number if number == signal.SIGINT else 128 + number)
     assert list(measured.iterdir()) == []
 
 

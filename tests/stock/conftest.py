@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
-from terminal import TIMEOUT
+import served
 
 from hymoe.engine.build import BuildOptions, build
-from hymoe.runtime import process
 
 ENGINE_VARIABLE = "HYMOE_STOCK_ENGINE"
 Direct = Callable[..., AbstractContextManager[httpx.Client]]
@@ -34,28 +31,7 @@ def direct(stock: Path) -> Direct:
 
     @contextmanager
     def start(model: Path, *flags: str) -> Iterator[httpx.Client]:
-        port = process.free_port("127.0.0.1")
-        command = [str(stock / "llama-server"), "--model", str(model), "--port", str(port), *flags]
-        quiet = subprocess.DEVNULL
-        with (
-            subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet) as server,
-            httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=TIMEOUT) as client,
-        ):
-            try:
-                deadline = time.monotonic() + TIMEOUT
-                while not healthy(client):
-                    assert server.poll() is None
-                    assert time.monotonic() < deadline
-                    time.sleep(0.1)
-                yield client
-            finally:
-                server.terminate()
+        with served.direct(stock / "llama-server", model, *flags) as (_, client):
+            yield client
 
     return start
-
-
-def healthy(client: httpx.Client) -> bool:
-    try:
-        return client.get("/health").status_code == httpx.codes.OK
-    except httpx.TransportError:
-        return False

@@ -7,13 +7,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+from chat_templates.conversations import vendor_template
 from clients_rows import REFUSED_TYPES, ROWS, WRONG, wrong_field
-from format_rows import vendor_template
+from served import client_of
 from stock.conftest import Direct
 from talker import write_talker
-from terminal import TIMEOUT
-
-from hymoe.runtime.server import ServerOptions, serve
 
 pytestmark = [pytest.mark.stock, pytest.mark.engine, pytest.mark.data]
 
@@ -63,10 +61,7 @@ def stock_server(stock: Path, model: Path) -> Iterator[httpx.Client]:
     """The stock server, run as ours is."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HYMOE_ENGINE", str(stock))
-        with (
-            serve(ServerOptions(model, port=0, threads=1)) as endpoint,
-            httpx.Client(base_url=endpoint.url, trust_env=False, timeout=TIMEOUT) as client,
-        ):
+        with client_of(model) as client:
             yield client
 
 

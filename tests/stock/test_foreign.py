@@ -11,6 +11,7 @@ import pytest
 from chat_templates.conversations import vendor_template
 from convert.foreign import write_foreign
 from convert.test_repair import SIZES, check_tensors, contents, essential, with_template
+from served import client_of
 from stock import peer
 
 from hymoe.chat_templates import repair
@@ -18,7 +19,6 @@ from hymoe.convert.cli import main
 from hymoe.convert.convert import ConvertOptions, convert
 from hymoe.convert.miniature import Spec, write
 from hymoe.runtime import overrides
-from hymoe.runtime.server import ServerOptions, serve
 
 pytestmark = [pytest.mark.stock, pytest.mark.engine, pytest.mark.data]
 
@@ -28,7 +28,7 @@ FORCED = 10_000
 
 @pytest.fixture(scope="module")
 def vendor(data: Path) -> str:
-    return vendor_template(data, "a13b")
+    return vendor_template(data)
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +70,7 @@ def client(theirs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[h
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(overrides, "cache", lambda: folder)
-        with (
-            serve(ServerOptions(theirs, port=0, threads=2, ctx=1024)) as endpoint,
-            httpx.Client(base_url=endpoint.url, trust_env=False, timeout=300) as client,
-        ):
+        with client_of(theirs, threads=2, ctx=1024) as client:
             yield client
 
 

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from chat_templates.conversations import vendor_template
 from format_client import ask, message_of
-from format_rows import ROWS, vendor_template, write_model
+from format_rows import ROWS, write_model
 
 from hymoe.runtime.server import ServerOptions, serve
 

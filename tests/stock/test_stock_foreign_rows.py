@@ -8,7 +8,7 @@ from pathlib import Path
 import foreign_rows
 import httpx
 import pytest
-from format_rows import vendor_template
+from chat_templates.conversations import vendor_template
 from stock.conftest import Direct
 
 pytestmark = [pytest.mark.stock, pytest.mark.engine, pytest.mark.data]
