@@ -186,6 +186,11 @@ class Layout:
         """Number of layers with keys and values of their own."""
         return sum(layer.owns_kv for layer in self.layers)
 
+    def share_of(self, type_name: str) -> float:
+        """Give the share of the layers' weights that have a type."""
+        layers = [tensor for tensor in self.tensors if tensor.layer is not None]
+        return sum(t.n_params for t in layers if t.type == type_name) / sum(t.n_params for t in layers)
+
     def with_experts(self, type_name: str) -> Layout:
         """Give the same model with all experts in another type; of smaller blocks where rows need them."""
         return replace(

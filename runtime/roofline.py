@@ -5,18 +5,20 @@ slower, weights times two operations over the processor's rate. A prompt goes th
 count, and experts that lie in RAM are either computed by the processor or sent over the link to a GPU, once for every
 ubatch; the pinned engine does not send while it computes, so the two add up.
 
-The rates are the machine's own where they were measured. What nobody can know without running the model is a
-constant here, with where it comes from; docs/placement.md states them too.
+The rates are those that were measured on the model, else on the machine. For a machine that is not here they come from
+data sheets and from constants, each with where it comes from; docs/placement.md states them too.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from math import inf
 from typing import Final
 
 from hymoe.runtime.layout import Layer, Layout
 from hymoe.runtime.machine import Device, Machine
+from hymoe.runtime.tune import Tuned
 
 # Share of the bandwidth that matrix-vector products reach on quantized weights: 7 B models in Q4_K generate 120 to 165
 # tokens/s on an RTX 3090 or 4090, which read 500 to 670 GB/s of their 936 and 1008; processors come nearer.
@@ -34,6 +36,15 @@ HOP: Final = {"gpu": 30e-6, "igpu": 30e-6, "rpc": 300e-6}
 ACTIVATION_BYTES: Final = 4
 
 
+class Source(StrEnum):
+    """Where rates come from."""
+
+    MODEL = "measured on this model"
+    MACHINE = "measured on this machine"
+    BUSY = "measured on this machine beside other work"
+    SHEETS = "taken from data sheets"
+
+
 @dataclass(frozen=True)
 class Use:
     """What a speed is predicted for: a prompt and an answer, in tokens."""
@@ -46,7 +57,7 @@ class Use:
 class Rates:
     """What a processor with its memory does per second: bytes read, operations, bytes received from the host.
 
-    hop: seconds for each hand-over. kind is "host" or a device's.
+    hop: seconds for each hand-over. kind is "host" or a device's. source: of `read` and `ops`.
     """
 
     kind: str
@@ -54,6 +65,7 @@ class Rates:
     ops: float
     link: float = inf
     hop: float = 0.0
+    source: Source = Source.SHEETS
 
 
 @dataclass(frozen=True)
@@ -75,23 +87,30 @@ class Time:
 NOTHING: Final = Time(0.0, 0.0)
 
 
-def host_rates(machine: Machine) -> Rates:
-    """Give the rates of processor and RAM."""
+def host_rates(machine: Machine, tuned: Tuned | None = None, *, repacked: float = 0.0) -> Rates:
+    """Give the rates of processor and RAM. repacked: share of the weights that lie there so."""
+    pace, source = None, Source.MODEL
+    if tuned:
+        pace = tuned.repacked if repacked else tuned.stored
+    if pace is None and machine.stored:
+        pace = machine.stored.mixed(machine.repacked, repacked) if machine.repacked else machine.stored
+        source = _measured(machine)
+    if pace:
+        return Rates("host", pace.read, pace.ops, source=source)
     return Rates("host", READ_SHARE["host"] * machine.bandwidth, OPS_PER_CORE * machine.n_core)
 
 
-def bandwidth_of(device: Device, machine: Machine) -> float:
-    """Give the bytes/s of a device's memory; an integrated GPU reads what the processor reads."""
-    return device.bandwidth or (machine.bandwidth if device.kind == "igpu" else READ)
-
-
 def device_rates(device: Device, machine: Machine) -> Rates:
-    """Give a device's rates."""
-    bandwidth = bandwidth_of(device, machine)
-    ops = OPS_PER_BYTE[device.kind] * bandwidth
-    return Rates(
-        device.kind, READ_SHARE[device.kind] * bandwidth, ops, device.link or LINK[device.kind], HOP[device.kind]
-    )
+    """Give a device's rates; without a number of its own an integrated GPU reads what the processor reads."""
+    kind, link = device.kind, device.link or LINK[device.kind]
+    if device.pace:
+        return Rates(kind, device.pace.read, device.pace.ops, link, HOP[kind], _measured(machine))
+    bandwidth = device.bandwidth or (machine.bandwidth if kind == "igpu" else READ)
+    return Rates(kind, READ_SHARE[kind] * bandwidth, OPS_PER_BYTE[kind] * bandwidth, link, HOP[kind])
+
+
+def _measured(machine: Machine) -> Source:
+    return Source.BUSY if machine.was_busy else Source.MACHINE
 
 
 @dataclass(frozen=True)

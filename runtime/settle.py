@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -34,6 +34,10 @@ def settle(file: Path, layout: Layout, machine: Machine, wish: Wish, tuned: Tune
         found = plan.make(layout, machine, wish, tuned, compute)
         counted = _counted(file, found)
         refused = _refused(found, counted)
+        if without := [memory.name for memory in found.memories if memory.experts and memory.name in refused]:
+            console.warn(f"{', '.join(without)}: no kernel for this model's experts; all of them stay in RAM")
+            machine = _without_experts(machine, without)
+            continue
         measured = {name: memory.compute for name, memory in counted.items()}
         measured[RAM] += sum(refused.values())
         exact = replace(found, memories=tuple(replace(m, compute=measured[m.name]) for m in found.memories))
@@ -58,6 +62,14 @@ def _counted(file: Path, found: Plan) -> dict[str, Breakdown]:
     """Give what the engine counts for a plan, by memory."""
     answer = buffers.measure(file, found.arguments(), cards=found.machine.cards, min_batch=found.setting.stream_from)
     return {RAM if name == buffers.HOST else name: memory for name, memory in answer.items()}
+
+
+def _without_experts(machine: Machine, names: Collection[str]) -> Machine:
+    """Give the machine with devices that compute no experts."""
+    devices = (
+        replace(device, takes_experts=device.takes_experts and device.name not in names) for device in machine.devices
+    )
+    return replace(machine, devices=tuple(devices))
 
 
 def _refused(found: Plan, counted: Mapping[str, Breakdown]) -> dict[str, int]:
