@@ -17,7 +17,7 @@ from typing import Any, Final, Self
 
 from hymoe import console
 from hymoe.errors import EngineError, PlacementError
-from hymoe.runtime import bandwidth, layout, measuring, process
+from hymoe.runtime import bandwidth, layout, measuring, process, quiet
 from hymoe.runtime.bandwidth import Pace
 from hymoe.runtime.header import parts
 from hymoe.runtime.machine import Machine
@@ -72,12 +72,15 @@ def tune(model: Path, machine: Machine) -> Tuned:
     """
     about = layout.read(model)
     _require(model, about, machine)
+    watch = quiet.Watch()
     with (
         process.signals_as_exceptions(),  # a sample is gigabytes: it goes however we end
         sample(model, measuring.folder()) as file,
         console.progress("tuning", _n_rows(machine), unit="%") as tick,
     ):
         found = _search(lambda options: _rows(file, options, tick), about, machine)
+    if watch.busy():
+        console.warn("other programs ran meanwhile, which makes all speeds too low: tune again when nothing else runs")
     measuring.keep("tuned", _key(about, machine), asdict(found))
     return found
 
