@@ -187,7 +187,8 @@ common_json device_pace(ggml_backend_t backend, size_t n_bytes, double seconds) 
 
 // With experts as they are stored, and repacked where the processor has a layout for them.
 common_json host_paces(size_t n_bytes, double seconds, int n_threads) {
-    constexpr size_t n_bytes_prompt = 16 << 20; // each of them is used 64 times
+    // Every weight is used 64 times; of fewer rows, making blocks of the activations would take a large part of the time.
+    constexpr size_t n_bytes_prompt = 64 << 20;
     ggml_backend_dev_t dev = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
     ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(dev);
     const ggml_backend_ptr backend(ggml_backend_dev_init(dev, nullptr));
