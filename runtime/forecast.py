@@ -99,7 +99,8 @@ def speeds(costs: Costs, runs: Sequence[Run], devices: Sequence[Device], time: T
 
 def _prefill_limit(costs: Costs, home: dict[int, str], with_experts: set[int], time: Time) -> str:
     roofline = costs.roofline
-    left = sum(layer.experts for index, layer in enumerate(costs.layout.layers) if index not in with_experts)
+    layers = costs.layout.layers
+    left = sum(layer.experts for index, layer in enumerate(layers) if index not in with_experts and not layer.is_last)
     if roofline.stream is not None:
         sent = left / roofline.stream.link * (costs.use.n_prompt // roofline.n_ubatch)
         if sent > time.prefill / 2:

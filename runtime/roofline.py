@@ -3,7 +3,8 @@
 Generating a token reads every weight that the token uses once, so it takes bytes over bandwidth; where that is
 slower, weights times two operations over the processor's rate. A prompt goes through in ubatches. There the operations
 count, and experts that lie in RAM are either computed by the processor or sent over the link to a GPU, once for every
-ubatch; the pinned engine does not send while it computes, so the two add up.
+ubatch; the pinned engine does not send while it computes, so the two add up. Of the last layer a prompt needs attention
+alone: logits are only asked for its last token.
 
 The rates are those that were measured on the model, else on the machine. For a machine that is not here they come from
 data sheets and from constants, each with where it comes from; docs/placement.md states them too.
@@ -175,6 +176,8 @@ class Roofline:
         return times + attended + (self._ubatch(layer, rest, home, experts) if rest else 0.0)
 
     def _ubatch(self, layer: Layer, n_tokens: int, home: Rates, experts: Rates) -> float:
+        if layer.is_last:
+            return self._matrices(layer.attention, layer.attention_params * n_tokens, n_tokens, home)
         shape = self.layout.shape
         touched = 1 - (1 - self._share_used) ** n_tokens
         dense = self._matrices(layer.dense, layer.dense_params * n_tokens, n_tokens, home)

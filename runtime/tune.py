@@ -133,11 +133,15 @@ def _search(bench: Bench, about: layout.Layout, machine: Machine) -> Tuned:
 
 
 def _pace(about: layout.Layout, prompt: Row, answer: Row) -> Pace:
-    """Say what the processor did with the sample's layers; of its output matrix nearly nothing is left."""
+    """Say what the processor did with the sample's layers; of its output matrix nearly nothing is left.
+
+    Of the last of them a prompt needs attention alone.
+    """
     share = about.shape.n_expert_used / about.shape.n_expert
     chosen = [about.layers[index] for index in layers(about)]
     n_bytes = sum(layer.dense + share * layer.experts for layer in chosen)
-    n_params = sum(layer.dense_params + share * layer.expert_params for layer in chosen)
+    n_params = sum(layer.dense_params + share * layer.expert_params for layer in chosen[:-1])
+    n_params += chosen[-1].attention_params
     return Pace(read=n_bytes * _speed(answer), ops=2 * n_params * _speed(prompt))
 
 
