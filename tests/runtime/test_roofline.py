@@ -8,7 +8,7 @@ import pytest
 
 from hymoe.runtime.bandwidth import Pace
 from hymoe.runtime.machine import Device, Machine
-from hymoe.runtime.roofline import OPS_PER_CORE, READ_SHARE, Source, device_rates, host_rates
+from hymoe.runtime.roofline import OPS_PER_CORE, PRODUCTS, READ_SHARE, Source, device_rates, host_rates
 from hymoe.runtime.tune import Tuned
 
 ON_PAPER = Machine.paper(vram=[24 << 30], ram=64 << 30)
@@ -28,21 +28,22 @@ def test_data_sheets_where_nothing_was_measured() -> None:
 
 @pytest.mark.parametrize(("busy", "source"), [(False, Source.MACHINE), (True, Source.BUSY)])
 def test_the_machines_own(busy: bool, source: Source) -> None:
+    """Of products alone; the engine does other things too."""
     machine = replace(HERE, was_busy=busy)
     rates = host_rates(machine, TUNED)  # tuned before there were paces
-    assert (rates.read, rates.ops, rates.source) == (20e9, 400e9, source)
+    assert (rates.read, rates.ops, rates.source) == (PRODUCTS * 20e9, PRODUCTS * 400e9, source)
     card = replace(CARD, pace=Pace(500e9, 3e13), bandwidth=None)
     rates = device_rates(card, machine)
-    assert (rates.read, rates.ops, rates.link, rates.source) == (500e9, 3e13, CARD.link, source)
+    assert (rates.read, rates.ops, rates.link, rates.source) == (PRODUCTS * 500e9, PRODUCTS * 3e13, CARD.link, source)
 
 
 def test_weights_of_which_some_are_repacked() -> None:
     """Half of the weights at one pace and half at the other take the mean of both times."""
     rates = host_rates(HERE, repacked=0.5)
-    assert 1 / rates.read == pytest.approx((1 / 20e9 + 1 / 30e9) / 2)
-    assert 1 / rates.ops == pytest.approx((1 / 400e9 + 1 / 200e9) / 2)
-    assert host_rates(HERE, repacked=1.0).read == pytest.approx(30e9)
-    assert host_rates(replace(HERE, repacked=None), repacked=1.0).read == 20e9
+    assert PRODUCTS / rates.read == pytest.approx((1 / 20e9 + 1 / 30e9) / 2)
+    assert PRODUCTS / rates.ops == pytest.approx((1 / 400e9 + 1 / 200e9) / 2)
+    assert host_rates(HERE, repacked=1.0).read == pytest.approx(PRODUCTS * 30e9)
+    assert host_rates(replace(HERE, repacked=None), repacked=1.0).read == pytest.approx(PRODUCTS * 20e9)
 
 
 def test_the_models_own_come_first() -> None:
