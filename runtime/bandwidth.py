@@ -92,8 +92,9 @@ def of_card(description: str) -> float | None:
 def measured(
     n_core: int, ram_usable: int, devices: Sequence[Mapping[str, Any]], rpc: Sequence[str], *, fresh: bool = False
 ) -> dict[str, Any]:
-    """Give "ram" (bytes/s), "host" (paces of "stored" and "repacked" weights), "devices" by name ("pace", "link" and
-    "link_pageable" in bytes/s, where known), and "busy": whether other programs had a part of the machine.
+    """Give "ram" (bytes/s), "host" (paces of "stored" and "repacked" weights, operations/s in "attention_token" and
+    "attention_prompt"), "devices" by name ("pace", "link" and "link_pageable" in bytes/s, where known), and "busy":
+    whether other programs had a part of the machine.
 
     Measured once for a processor, its cores and these devices, about a second and one more for each device; again for
     `fresh`, and after a busy time as soon as the machine is quiet.

@@ -53,8 +53,9 @@ class Machine:
 
     n_core: physical cores that this process may use; n_fast_core: those of them that are performance cores.
     is_paper: nothing of it need be here; buffers are measured on cards that stand for its own. stored, repacked: paces
-    of the cores with weights as they are in the file, and in the layout that the engine may give them; None where they
-    were not measured. was_busy: other programs ran while they were.
+    of the cores with weights as they are in the file, and in the layout that the engine may give them; attention_token,
+    attention_prompt: operations/s of the cores in attention; None where they were not measured. was_busy: other
+    programs ran while they were.
     """
 
     devices: tuple[Device, ...]
@@ -66,6 +67,8 @@ class Machine:
     is_paper: bool = False
     stored: Pace | None = None
     repacked: Pace | None = None
+    attention_token: float | None = None
+    attention_prompt: float | None = None
     was_busy: bool = False
 
     def to_json(self) -> dict[str, Any]:
@@ -138,6 +141,8 @@ def probe(
         bandwidth=speeds["ram"],
         stored=Pace.of(speeds["host"].get("stored")),
         repacked=Pace.of(speeds["host"].get("repacked")),
+        attention_token=speeds["host"].get("attention_token"),
+        attention_prompt=speeds["host"].get("attention_prompt"),
         was_busy=speeds["busy"],
     )
 

@@ -61,7 +61,8 @@ class Use:
 class Rates:
     """What a processor with its memory does per second: bytes read, operations, bytes received from the host.
 
-    hop: seconds for each hand-over. kind is "host" or a device's. source: of `read` and `ops`.
+    hop: seconds for each hand-over. kind is "host" or a device's. source: of `read` and `ops`. attention_token,
+    attention_prompt: operations of attention; None: nothing but reading counts, or `ops` does.
     """
 
     kind: str
@@ -70,6 +71,8 @@ class Rates:
     link: float = inf
     hop: float = 0.0
     source: Source = Source.SHEETS
+    attention_token: float | None = None
+    attention_prompt: float | None = None
 
 
 @dataclass(frozen=True)
@@ -93,13 +96,15 @@ NOTHING: Final = Time(0.0, 0.0)
 
 def host_rates(machine: Machine, tuned: Tuned | None = None, *, repacked: float = 0.0) -> Rates:
     """Give the rates of processor and RAM. repacked: share of the weights that lie there so."""
+    read, ops, source = READ_SHARE["host"] * machine.bandwidth, OPS_PER_CORE * machine.n_core, Source.SHEETS
     if tuned and tuned.stored and tuned.repacked:
         pace = tuned.repacked if repacked else tuned.stored
-        return Rates("host", pace.read, pace.ops, source=Source.MODEL)
-    if machine.stored:
+        read, ops, source = pace.read, pace.ops, Source.MODEL
+    elif machine.stored:
         pace = machine.stored.mixed(machine.repacked or machine.stored, repacked)
-        return Rates("host", PRODUCTS * pace.read, PRODUCTS * pace.ops, source=_measured(machine))
-    return Rates("host", READ_SHARE["host"] * machine.bandwidth, OPS_PER_CORE * machine.n_core)
+        read, ops, source = PRODUCTS * pace.read, PRODUCTS * pace.ops, _measured(machine)
+    token, prompt = machine.attention_token, machine.attention_prompt
+    return Rates("host", read, ops, source=source, attention_token=token, attention_prompt=prompt)
 
 
 def device_rates(device: Device, machine: Machine) -> Rates:
@@ -156,8 +161,11 @@ class Roofline:
         return self.layout.shape.n_expert_used / self.layout.shape.n_expert
 
     def _token(self, layer: Layer, home: Rates, experts: Rates) -> float:
-        depth = self.use.n_prompt + self.use.n_answer / 2
-        dense = max((layer.dense + depth * self.kv_row) / home.read, 2 * layer.dense_params / home.ops)
+        shape, depth = self.layout.shape, self.use.n_prompt + self.use.n_answer / 2
+        dense = max(layer.dense / home.read, 2 * layer.dense_params / home.ops) + depth * self.kv_row / home.read
+        if home.attention_token:  # a row of the cache is read by several heads
+            slower = 4 * shape.n_head * shape.head_dim / home.attention_token - self.kv_row / home.read
+            dense += depth * max(slower, 0.0)
         params = layer.expert_params * self._share_used
         routed = max(self.expert_bytes(layer) / experts.read, 2 * params / experts.ops)
         return dense + routed + self._crossings(1, home, experts)
@@ -173,7 +181,8 @@ class Roofline:
         n_full, rest = divmod(self.use.n_prompt, self.n_ubatch)
         times = n_full * self._ubatch(layer, self.n_ubatch, home, experts)
         shape = self.layout.shape
-        attended = 2 * shape.n_head * shape.head_dim * float(self.use.n_prompt) ** 2 / home.ops
+        attended = 2 * shape.n_head * shape.head_dim * float(self.use.n_prompt) ** 2
+        attended /= home.attention_prompt or home.ops
         return times + attended + (self._ubatch(layer, rest, home, experts) if rest else 0.0)
 
     def _ubatch(self, layer: Layer, n_tokens: int, home: Rates, experts: Rates) -> float:

@@ -172,13 +172,14 @@ def test_json_and_back() -> None:
     assert Machine.from_json(json.loads(json.dumps(made.to_json()))) == made
     card = replace(made.devices[0], pace=Pace(4e11, 3e13), takes_experts=False)
     measured = replace(made, devices=(card,), stored=Pace(2e10, 4e11), repacked=Pace(3e10, 2e11), was_busy=True)
+    measured = replace(measured, attention_token=8e9, attention_prompt=6e10)
     assert Machine.from_json(json.loads(json.dumps(measured.to_json()))) == measured
 
 
 def test_what_was_kept_before_there_were_paces() -> None:
     made = Machine.paper(vram=[24 << 30], ram=64 << 30)
     saved = made.to_json()
-    for name in ("stored", "repacked", "was_busy"):
+    for name in ("stored", "repacked", "attention_token", "attention_prompt", "was_busy"):
         del saved[name]
     for name in ("pace", "takes_experts"):
         del saved["devices"][0][name]
@@ -206,6 +207,8 @@ def test_this_machine(cache: Path) -> None:
     for pace in filter(None, (found.stored, found.repacked)):
         assert 1e7 < pace.read < 1e13
         assert 1e9 < pace.ops < 1e16
+    assert found.attention_token
+    assert found.attention_prompt
 
 
 class Engine:

@@ -185,6 +185,24 @@ common_json device_pace(ggml_backend_t backend, size_t n_bytes, double seconds) 
     return found;
 }
 
+// Operations per second of so many tokens' attention to n_kv others, with the heads of Hunyuan-A13B and a cache in F16.
+double attention_rate(ggml_backend_t backend, int64_t n_tokens, int64_t n_kv, double seconds) {
+    constexpr int64_t n_head = 32, n_head_kv = 8, head_dim = 128;
+    const ggml_context_ptr ctx = tensors_only(8);
+    ggml_tensor * q = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, head_dim, n_tokens, n_head);
+    // as they lie in the cache, a token's heads side by side
+    ggml_tensor * k = ggml_permute(ctx.get(), ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F16, head_dim, n_head_kv, n_kv), 0, 2, 1, 3);
+    ggml_tensor * v = ggml_permute(ctx.get(), ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F16, head_dim, n_head_kv, n_kv), 0, 2, 1, 3);
+    ggml_cgraph * graph = ggml_new_graph(ctx.get());
+    ggml_build_forward_expand(graph, ggml_flash_attn_ext(ctx.get(), q, k, v, nullptr, 1.0f, 0.0f, 0.0f));
+    const ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors(ctx.get(), backend));
+    if (!buffer) {
+        return 0;
+    }
+    ggml_backend_buffer_clear(buffer.get(), 0x11);
+    return 4.0 * n_head * head_dim * n_tokens * n_kv / fastest(seconds, [&] { ggml_backend_graph_compute(backend, graph); });
+}
+
 // With experts as they are stored, and repacked where the processor has a layout for them.
 common_json host_paces(size_t n_bytes, double seconds, int n_threads) {
     // Every weight is used 64 times; of fewer rows, making blocks of the activations would take a large part of the time.
@@ -207,7 +225,12 @@ common_json host_paces(size_t n_bytes, double seconds, int n_threads) {
     for (auto * buft = get_extra_bufts(dev); buft && *buft && repacked.is_null(); buft++) {
         repacked = measured(*buft);
     }
-    return common_json { { "stored", stored }, { "repacked", repacked } };
+    return common_json {
+        { "stored",           stored },
+        { "repacked",         repacked },
+        { "attention_token",  attention_rate(backend.get(), 1, 16384, seconds) },
+        { "attention_prompt", attention_rate(backend.get(), 256, 512, seconds) },
+    };
 }
 
 // What the host can send: from memory of `host`, the type that a device reads without a detour, or from any (nullptr).
