@@ -23,10 +23,11 @@ from rpc_worker import rpc_worker
 
 from hymoe import engine
 from hymoe.convert.convert import ConvertOptions, convert
-from hymoe.runtime import buffers, layout, process, settle
+from hymoe.runtime import buffers, layout, plan_view, process, settle
 from hymoe.runtime.machine import Machine, probe
 from hymoe.runtime.plan_cli import main
-from hymoe.runtime.planned import RAM, Plan, Wish
+from hymoe.runtime.planned import RAM, Plan, Speeds, Wish
+from hymoe.runtime.roofline import Source
 from hymoe.sizes import RAM_MARGIN
 
 pytestmark = pytest.mark.engine
@@ -227,6 +228,8 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert set(memories) == {"GPU0", RAM}
     assert memories["GPU0"]["n_bytes"] == 2_000_000_000
     assert memories[RAM]["n_bytes"] == 8_000_000_000
+    assert found["speeds"]["sources"] == {"GPU0": "taken from data sheets"}
+    assert found["speeds"]["rates"].keys() == {"GPU0"}
 
 
 def test_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -245,6 +248,12 @@ def test_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "llama-server --model" in lines[-1]
     assert any(line.startswith("prompt ") for line in lines)
     assert any(line.startswith("answer ") for line in lines)
+    assert "Speeds are predicted, from rates taken from data sheets." in lines
+
+
+def test_where_rates_come_from() -> None:
+    speeds = Speeds(1.0, 1.0, {}, "", "", {}, {"GPU0": Source.SHEETS, "GPU1": Source.SHEETS, RAM: Source.MODEL})
+    assert plan_view.basis(speeds) == "taken from data sheets (GPU0, GPU1) and measured on this model (RAM)"
 
 
 def test_a_config_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

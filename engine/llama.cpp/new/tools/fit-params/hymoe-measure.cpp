@@ -1,8 +1,8 @@
 // What a machine has, and what a model would take of it: one JSON document on stdout, the log on stderr.
 //
 //   hymoe-measure devices                 [ARGUMENTS]    every device but the processor, with its memory
-//   hymoe-measure speeds BYTES SECONDS    [ARGUMENTS]    the same, how fast memories and links are read, and what devices
-//                                                        and the processor compute; SECONDS for each of these numbers
+//   hymoe-measure speeds BYTES SECONDS    [ARGUMENTS]    the same, how fast memories and links are read, and what all
+//                                                        processors compute; SECONDS for each of these numbers
 //   hymoe-measure memory [CARD=BYTES,...]  ARGUMENTS     the buffers of a model and its context; nothing is allocated,
 //                                                        and no weight is read; on cards that need not be there
 //
@@ -98,9 +98,10 @@ ggml_context_ptr tensors_only(size_t n_tensors) {
 
 // What is computed with weights of one kind: the experts of a mixture, or a single matrix; a prompt, or one token.
 struct work {
-    static constexpr ggml_type type      = GGML_TYPE_Q4_K;
-    static constexpr int64_t   n_per_row = 4096;
-    static constexpr int64_t   step      = 32; // rows come in multiples of it, for kernels that take several at a time
+    static constexpr ggml_type type         = GGML_TYPE_Q4_K;
+    static constexpr int64_t   n_per_row    = 4096;
+    static constexpr int64_t   n_per_expert = 64; // tokens of a prompt
+    static constexpr int64_t   step         = 32; // rows come in multiples of it: some kernels take several at a time
 
     bool    routed;
     bool    prompt;
@@ -112,13 +113,13 @@ struct work {
 
     int64_t n_expert() const { return routed ? 64 : 1; }
     int64_t n_used()   const { return routed ? 8 : 1; }
-    // Of a prompt every expert gets 64 tokens; of single tokens so many come that all experts are read once.
-    int64_t n_tokens() const { return prompt ? 64 * n_expert() / n_used() : 1; }
+    // So many single tokens come that all experts are read once.
+    int64_t n_tokens() const { return prompt ? n_per_expert * n_expert() / n_used() : 1; }
     int64_t n_turns()  const { return prompt ? 1 : n_expert() / n_used(); }
 
     double n_bytes() const { return double(n_expert() * n_rows) * ggml_row_size(type, n_per_row); }
     // what its rate is in: operations of a prompt, bytes read of one token
-    double amount()  const { return prompt ? 2.0 * 64 * n_per_row * n_rows * n_expert() : n_bytes(); }
+    double amount()  const { return prompt ? 2.0 * n_per_expert * n_expert() * n_rows * n_per_row : n_bytes(); }
 };
 
 // How much of it is done per second with weights in memory of `buft`; 0 where there is no kernel or no memory for it.
@@ -126,7 +127,8 @@ double rate(const work & todo, ggml_backend_t backend, ggml_backend_buffer_type_
     const ggml_context_ptr ctx = tensors_only(32);
     ggml_tensor * weights = ggml_new_tensor_3d(ctx.get(), work::type, work::n_per_row, todo.n_rows, todo.n_expert());
     ggml_tensor * input   = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, work::n_per_row, 1, todo.n_tokens());
-    ggml_tensor * ids     = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, todo.n_used(), todo.n_tokens() * todo.n_turns());
+    const int64_t n_all   = todo.n_tokens() * todo.n_turns();
+    ggml_tensor * ids     = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, todo.n_used(), n_all);
     ggml_cgraph * graph   = ggml_new_graph(ctx.get());
     for (int64_t i = 0; i < todo.n_turns(); i++) {
         ggml_tensor * chosen = ggml_view_2d(ctx.get(), ids, todo.n_used(), todo.n_tokens(), ids->nb[1],
@@ -148,7 +150,7 @@ double rate(const work & todo, ggml_backend_t backend, ggml_backend_buffer_type_
     if (!others) {
         return 0;
     }
-    // Pages of zeros would be one page of memory; as 16-bit floats these bytes are small numbers, in any order of blocks.
+    // Pages of zeros would be one page of memory; as 16-bit floats these bytes are small numbers, wherever they stand.
     ggml_backend_buffer_clear(stored.get(), 0x11);
     const std::vector<float> ones(ggml_nelements(input), 1.0f);
     ggml_backend_tensor_set(input, ones.data(), 0, ggml_nbytes(input));
@@ -160,12 +162,14 @@ double rate(const work & todo, ggml_backend_t backend, ggml_backend_buffer_type_
     return todo.amount() / fastest(seconds, [&] { ggml_backend_graph_compute(backend, graph); });
 }
 
-// On a device, which may be as slow as software: after a little work one of up to `n_bytes` that takes a part of the time.
+// On a device, which may be as slow as software: after a little work one of up to `n_bytes` that takes a part of the
+// time.
 double device_rate(bool routed, bool prompt, ggml_backend_t backend, size_t n_bytes, double seconds) {
     ggml_backend_buffer_type_t buft = ggml_backend_get_default_buffer_type(backend);
     const work   little(routed, prompt, 0);
     const double first = rate(little, backend, buft, seconds / 8);
-    const work   more(routed, prompt, std::min<double>(n_bytes, little.n_bytes() * first * seconds / 8 / little.amount()));
+    const double fits  = little.n_bytes() / little.amount() * first * seconds / 8;
+    const work   more(routed, prompt, std::min<double>(n_bytes, fits));
     return more.n_rows > little.n_rows ? rate(more, backend, buft, seconds) : first;
 }
 
@@ -190,22 +194,24 @@ double attention_rate(ggml_backend_t backend, int64_t n_tokens, int64_t n_kv, do
     constexpr int64_t n_head = 32, n_head_kv = 8, head_dim = 128;
     const ggml_context_ptr ctx = tensors_only(8);
     ggml_tensor * q = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, head_dim, n_tokens, n_head);
-    // as they lie in the cache, a token's heads side by side
-    ggml_tensor * k = ggml_permute(ctx.get(), ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F16, head_dim, n_head_kv, n_kv), 0, 2, 1, 3);
-    ggml_tensor * v = ggml_permute(ctx.get(), ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F16, head_dim, n_head_kv, n_kv), 0, 2, 1, 3);
+    const auto cached = [&] { // a token's heads lie side by side
+        ggml_tensor * rows = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F16, head_dim, n_head_kv, n_kv);
+        return ggml_permute(ctx.get(), rows, 0, 2, 1, 3);
+    };
     ggml_cgraph * graph = ggml_new_graph(ctx.get());
-    ggml_build_forward_expand(graph, ggml_flash_attn_ext(ctx.get(), q, k, v, nullptr, 1.0f, 0.0f, 0.0f));
+    ggml_build_forward_expand(graph, ggml_flash_attn_ext(ctx.get(), q, cached(), cached(), nullptr, 1.0f, 0.0f, 0.0f));
     const ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors(ctx.get(), backend));
     if (!buffer) {
         return 0;
     }
     ggml_backend_buffer_clear(buffer.get(), 0x11);
-    return 4.0 * n_head * head_dim * n_tokens * n_kv / fastest(seconds, [&] { ggml_backend_graph_compute(backend, graph); });
+    const double n_ops = 4.0 * n_head * head_dim * n_tokens * n_kv;
+    return n_ops / fastest(seconds, [&] { ggml_backend_graph_compute(backend, graph); });
 }
 
 // With experts as they are stored, and repacked where the processor has a layout for them.
 common_json host_paces(size_t n_bytes, double seconds, int n_threads) {
-    // Every weight is used 64 times; of fewer rows, making blocks of the activations would take a large part of the time.
+    // of fewer rows, turning the activations into blocks would take a large part of the time
     constexpr size_t n_bytes_prompt = 64 << 20;
     ggml_backend_dev_t dev = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
     ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(dev);
