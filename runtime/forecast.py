@@ -84,14 +84,16 @@ def speeds(costs: Costs, runs: Sequence[Run], devices: Sequence[Device], time: T
     read[devices[-1].name if devices else RAM] += costs.layout.output
     rates = dict(zip(read, [*costs.rates, costs.host], strict=True))
     seconds = {name: n / rates[name].read for name, n in read.items()}
-    slowest = max(seconds, key=lambda name: seconds[name])
-    share = 100 * seconds[slowest] / time.token
+    parts = {f"reading {name}": n for name, n in seconds.items()}
+    parts["attention on the processor"] = (len(layers) - len(home)) * costs.roofline.attention(costs.host)
+    limit = max(parts, key=lambda part: parts[part])
+    share = 100 * parts[limit] / time.token
     return Speeds(
         use.n_prompt / time.prefill,
         1 / time.token,
         {name: round(n) for name, n in read.items()},
         _prefill_limit(costs, home, with_experts, time),
-        f"reading {slowest} ({share:.0f} % of the time)",
+        f"{limit} ({share:.0f} % of the time)",
         {name: rates[name].read for name, n in read.items() if n},
         {name: rates[name].source for name, n in read.items() if n},
     )

@@ -160,12 +160,14 @@ class Roofline:
     def _share_used(self) -> float:
         return self.layout.shape.n_expert_used / self.layout.shape.n_expert
 
-    def _token(self, layer: Layer, home: Rates, experts: Rates) -> float:
+    def attention(self, home: Rates) -> float:
+        """Time of a token's attention in one layer, halfway through the answer; several heads read each row."""
         shape, depth = self.layout.shape, self.use.n_prompt + self.use.n_answer / 2
-        dense = max(layer.dense / home.read, 2 * layer.dense_params / home.ops) + depth * self.kv_row / home.read
-        if home.attention_token:  # a row of the cache is read by several heads
-            slower = 4 * shape.n_head * shape.head_dim / home.attention_token - self.kv_row / home.read
-            dense += depth * max(slower, 0.0)
+        computed = 4 * shape.n_head * shape.head_dim / home.attention_token if home.attention_token else 0.0
+        return depth * max(self.kv_row / home.read, computed)
+
+    def _token(self, layer: Layer, home: Rates, experts: Rates) -> float:
+        dense = max(layer.dense / home.read, 2 * layer.dense_params / home.ops) + self.attention(home)
         params = layer.expert_params * self._share_used
         routed = max(self.expert_bytes(layer) / experts.read, 2 * params / experts.ops)
         return dense + routed + self._crossings(1, home, experts)

@@ -213,6 +213,9 @@ def test_attention_takes_what_it_was_measured_to_take(a13b: Layout) -> None:
     less = depth * 128 * 1024 / (PRODUCTS * 20e9)
     expected = 1 / usual.speeds.generation - less + 4 * width * depth / 8e9
     assert 1 / found.speeds.generation == pytest.approx(expected)
+    slow = plan.make(a13b, replace(here, attention_token=2e9), wish)
+    for limited, limit in ((usual, "reading RAM ("), (found, "reading RAM ("), (slow, "attention on the processor (")):
+        assert limited.speeds.generation_limit.startswith(limit)
     prompt = 2 * width * found.use.n_prompt**2 * (1 / 60e9 - 1 / (PRODUCTS * 400e9))
     assert found.use.n_prompt / found.speeds.prefill == pytest.approx(
         usual.use.n_prompt / usual.speeds.prefill + prompt
