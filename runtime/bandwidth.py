@@ -1,14 +1,15 @@
-"""How fast memories are read: measured where they are here, from the makers' data sheets where they are not."""
+"""How fast a machine is: measured where it is here, from the makers' data sheets where it is not."""
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, Self
 
-from hymoe.runtime import measuring
+from hymoe.runtime import measuring, quiet
 
 # Bytes per second, by what a device's description contains; the first that is found counts, so longer names come
 # first. Sources: the makers' specifications (nvidia.com, amd.com, intel.com), memory bandwidth of the reference card.
@@ -56,8 +57,30 @@ PCIE4: Final = 24e9
 # Copies out of memory that the card cannot read by itself go through a buffer of the driver's.
 PAGEABLE_SHARE: Final = 0.5
 
-SECONDS: Final = 0.3  # for each memory and link
-_LEAST, _MOST = 256 << 20, 4 << 30
+SECONDS: Final = 0.2  # for each number
+PACE_TYPE: Final = "Q4_K"
+_LEAST, _MOST = 256 << 20, 2 << 30
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What a processor does with a mixture's weights: bytes/s of them read for one token; operations/s for a prompt.
+
+    Of a machine it is measured on weights of PACE_TYPE. A weight times an activation is two operations.
+    """
+
+    read: float
+    ops: float
+
+    @classmethod
+    def of(cls, found: Mapping[str, float] | None) -> Self | None:
+        """Make it of JSON; None where a number is missing."""
+        return cls(found["read"], found["ops"]) if found and found.keys() >= {"read", "ops"} else None
+
+    def mixed(self, other: Pace, share: float) -> Pace:
+        """Give the pace where `share` of the weights are worked on at another one."""
+        read, ops = (1 / ((1 - share) / getattr(self, name) + share / getattr(other, name)) for name in ("read", "ops"))
+        return Pace(read, ops)
 
 
 def of_card(description: str) -> float | None:
@@ -69,22 +92,38 @@ def of_card(description: str) -> float | None:
 def measured(
     n_core: int, ram_usable: int, devices: Sequence[Mapping[str, Any]], rpc: Sequence[str], *, fresh: bool = False
 ) -> dict[str, Any]:
-    """Give bytes per second: "ram", and under "devices" by name "bandwidth", "link", "link_pageable" where known.
+    """Give "ram" (bytes/s), "host" (paces of "stored" and "repacked" weights, operations/s in "attention_token" and
+    "attention_prompt"), "devices" by name ("pace", "link" and "link_pageable" in bytes/s, where known), and "busy":
+    whether other programs had a part of the machine.
 
-    Measured once for a processor, its cores and these devices, about a second and one more for each device; `fresh`:
-    again.
+    Measured once for a processor, its cores and these devices, about a second and one more for each device; again for
+    `fresh`, and after a busy time as soon as the machine is quiet.
     """
     known = [[device[name] for name in ("name", "description", "total")] for device in devices]
     key = {"cpu": cpu_name(), "cores": n_core, "devices": known, "rpc": list(rpc)}
+    kept = measuring.recall("speeds", key)
+    if kept is not None and not fresh and not (kept["busy"] and quiet.is_quiet()):
+        return kept
     size = min(max(4 * cache_bytes(), _LEAST), _MOST, ram_usable // 4)
+    found = _measure(size, ["-t", str(n_core), *(("--rpc", ",".join(rpc)) if rpc else ())])
+    if kept is not None and (found["busy"] or not fresh):
+        found = {**_better(kept, found), "busy": kept["busy"] and found["busy"]}
+    return measuring.keep("speeds", key, found)
 
-    def ask() -> dict[str, Any]:
-        arguments = ["-t", str(n_core), *(("--rpc", ",".join(rpc)) if rpc else ())]
-        answer = measuring.ask("speeds", str(size), str(SECONDS), *arguments)
-        speeds = {d["name"]: {k: v for k, v in d.items() if k.startswith(("band", "link"))} for d in answer["devices"]}
-        return {"ram": answer["bandwidth"], "devices": speeds}
 
-    return measuring.keep("bandwidth", key, ask()) if fresh else measuring.remembered("bandwidth", key, ask)
+def _measure(n_bytes: int, arguments: Sequence[str]) -> dict[str, Any]:
+    watch = quiet.Watch()
+    answer = measuring.ask("speeds", str(n_bytes), str(SECONDS), *arguments)
+    kinds = ("pace", "link", "link_pageable")
+    devices = {device["name"]: {kind: device[kind] for kind in kinds if kind in device} for device in answer["devices"]}
+    return {"ram": answer["bandwidth"], "host": answer["host"], "devices": devices, "busy": watch.busy()}
+
+
+def _better(old: Any, new: Any) -> Any:
+    """Give the larger of every number: other work on a machine only ever makes it slower."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return {name: _better(old.get(name), new.get(name)) for name in old | new}
+    return max((value for value in (old, new) if value is not None), default=None)
 
 
 def cpu_name(root: Path = Path("/")) -> str:

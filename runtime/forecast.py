@@ -4,22 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hymoe.runtime.bandwidth import PACE_TYPE
 from hymoe.runtime.layout import Layer, Layout
-from hymoe.runtime.machine import Device, Machine
+from hymoe.runtime.machine import Device, Machine, repacks, stream_device
 from hymoe.runtime.placement import Run
 from hymoe.runtime.planned import RAM, Setting, Speeds
 from hymoe.runtime.roofline import NOTHING, Rates, Roofline, Time, Use, device_rates, host_rates
+from hymoe.runtime.tune import Tuned
 
 
 class Costs:
     """What each layer costs in each place, for one setting and one set of devices."""
 
     def __init__(
-        self, layout: Layout, machine: Machine, use: Use, devices: Sequence[Device], *, setting: Setting
+        self,
+        layout: Layout,
+        machine: Machine,
+        use: Use,
+        devices: Sequence[Device],
+        *,
+        setting: Setting,
+        tuned: Tuned | None = None,
     ) -> None:
-        self.host = host_rates(machine)
+        repacked = layout.share_of(PACE_TYPE) if setting.repack and repacks(devices) else 0.0
+        self.host = host_rates(machine, tuned, repacked=repacked)
         self.rates = [device_rates(device, machine) for device in devices]
-        stream = next((rates for rates in self.rates if rates.kind != "rpc"), None)  # as stream_device
+        target = stream_device(devices)
+        stream = next((rates for device, rates in zip(devices, self.rates, strict=True) if device is target), None)
         self.use = use
         self.layout = layout
         self.roofline = Roofline(
@@ -71,21 +82,27 @@ def speeds(costs: Costs, runs: Sequence[Run], devices: Sequence[Device], time: T
         read[name] += layer.dense + depth * costs.roofline.kv_row
         read[name if index in with_experts else RAM] += costs.roofline.expert_bytes(layer)
     read[devices[-1].name if devices else RAM] += costs.layout.output
-    seconds = {name: n / rates.read for (name, n), rates in zip(read.items(), [*costs.rates, costs.host], strict=True)}
-    slowest = max(seconds, key=lambda name: seconds[name])
-    share = 100 * seconds[slowest] / time.token
+    rates = dict(zip(read, [*costs.rates, costs.host], strict=True))
+    seconds = {name: n / rates[name].read for name, n in read.items()}
+    parts = {f"reading {name}": n for name, n in seconds.items()}
+    parts["attention on the processor"] = (len(layers) - len(home)) * costs.roofline.attention(costs.host)
+    limit = max(parts, key=lambda part: parts[part])
+    share = 100 * parts[limit] / time.token
     return Speeds(
         use.n_prompt / time.prefill,
         1 / time.token,
         {name: round(n) for name, n in read.items()},
         _prefill_limit(costs, home, with_experts, time),
-        f"reading {slowest} ({share:.0f} % of the time)",
+        f"{limit} ({share:.0f} % of the time)",
+        {name: rates[name].read for name, n in read.items() if n},
+        {name: rates[name].source for name, n in read.items() if n},
     )
 
 
 def _prefill_limit(costs: Costs, home: dict[int, str], with_experts: set[int], time: Time) -> str:
     roofline = costs.roofline
-    left = sum(layer.experts for index, layer in enumerate(costs.layout.layers) if index not in with_experts)
+    layers = costs.layout.layers
+    left = sum(layer.experts for index, layer in enumerate(layers) if index not in with_experts and not layer.is_last)
     if roofline.stream is not None:
         sent = left / roofline.stream.link * (costs.use.n_prompt // roofline.n_ubatch)
         if sent > time.prefill / 2:

@@ -109,14 +109,17 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's bytes: what every token reads (`dense`) and its stacked experts; and the weights they hold."""
+    """One layer's bytes and weights: what every token reads (`dense`, of it `attention`), and its stacked experts."""
 
     dense: int
     experts: int
+    attention: int
     dense_params: int
     expert_params: int
+    attention_params: int
     owns_kv: bool
     largest: int  # bytes of the largest stack of experts
+    is_last: bool  # past its attention only rows go on whose logits are asked for
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,8 @@ class Layout:
         for tensor in self.tensors:
             if tensor.layer is not None:
                 groups[tensor.layer].append(tensor)
-        return tuple(_layer(group, index % self.shape.shared_kv_factor == 0) for index, group in enumerate(groups))
+        share, last = self.shape.shared_kv_factor, self.shape.n_layer - 1
+        return tuple(_layer(group, index % share == 0, index == last) for index, group in enumerate(groups))
 
     @property
     def n_bytes(self) -> int:
@@ -185,6 +189,11 @@ class Layout:
     def n_kv_layers(self) -> int:
         """Number of layers with keys and values of their own."""
         return sum(layer.owns_kv for layer in self.layers)
+
+    def share_of(self, type_name: str) -> float:
+        """Give the share of the layers' weights that have a type."""
+        layers = [tensor for tensor in self.tensors if tensor.layer is not None]
+        return sum(t.n_params for t in layers if t.type == type_name) / sum(t.n_params for t in layers)
 
     def with_experts(self, type_name: str) -> Layout:
         """Give the same model with all experts in another type; of smaller blocks where rows need them."""
@@ -266,14 +275,18 @@ def _retyped(tensor: Tensor, type_name: str) -> Tensor:
     return tensor
 
 
-def _layer(tensors: list[Tensor], owns_kv: bool) -> Layer:
+def _layer(tensors: list[Tensor], owns_kv: bool, is_last: bool) -> Layer:
     dense = [tensor for tensor in tensors if tensor.role is not Role.EXPERTS]
     experts = [tensor for tensor in tensors if tensor.role is Role.EXPERTS]
+    attention = [tensor for tensor in tensors if tensor.role is Role.ATTENTION]
     return Layer(
         dense=sum(tensor.n_bytes for tensor in dense),
         experts=sum(tensor.n_bytes for tensor in experts),
+        attention=sum(tensor.n_bytes for tensor in attention),
         dense_params=sum(tensor.n_params for tensor in dense),
         expert_params=sum(tensor.n_params for tensor in experts),
+        attention_params=sum(tensor.n_params for tensor in attention),
         owns_kv=owns_kv,
         largest=max((tensor.n_bytes for tensor in experts), default=0),
+        is_last=is_last,
     )

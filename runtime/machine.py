@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from hymoe.runtime import bandwidth, measuring, workers
+from hymoe.runtime.bandwidth import Pace
 from hymoe.sizes import DESKTOP_VRAM, SYSTEM_RAM
 
 ROOT: Final = Path("/")
@@ -24,8 +25,9 @@ PAPER_CORES: Final = 8
 class Device:
     """A card, or a worker on the network, as the engine lists it ("CUDA0", "Vulkan0", "RPC0").
 
-    kind: "gpu", "igpu" (it shares the RAM) or "rpc". total, free: bytes. bandwidth: bytes/s of its own memory, None
-    where unknown. link: bytes/s from RAM to it, out of memory that it can read by itself; link_pageable: out of any.
+    kind: "gpu", "igpu" (it shares the RAM) or "rpc". total, free: bytes. bandwidth: bytes/s of its own memory by its
+    maker, None where unknown. link: bytes/s from RAM to it, out of memory that it can read by itself; link_pageable:
+    out of any. pace: None where it was not measured. takes_experts: whether it has a kernel for them.
     """
 
     name: str
@@ -36,6 +38,13 @@ class Device:
     bandwidth: float | None
     link: float | None
     link_pageable: float | None = None
+    pace: Pace | None = None
+    takes_experts: bool = True
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> Self:
+        """Make what `asdict` gave, or gave before there were paces."""
+        return cls(**{**saved, "pace": Pace.of(saved.get("pace"))})
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,10 @@ class Machine:
     """Devices in the engine's order; bytes of RAM, all and usable now; cores; bytes/s at which all cores read RAM.
 
     n_core: physical cores that this process may use; n_fast_core: those of them that are performance cores.
-    is_paper: nothing of it need be here; buffers are measured on cards that stand for its own.
+    is_paper: nothing of it need be here; buffers are measured on cards that stand for its own. stored, repacked: paces
+    of the cores with weights as they are in the file, and in the layout that the engine may give them; attention_token,
+    attention_prompt: operations/s of the cores in attention; None where they were not measured. was_busy: other
+    programs ran while they were.
     """
 
     devices: tuple[Device, ...]
@@ -53,6 +65,11 @@ class Machine:
     n_fast_core: int
     bandwidth: float
     is_paper: bool = False
+    stored: Pace | None = None
+    repacked: Pace | None = None
+    attention_token: float | None = None
+    attention_prompt: float | None = None
+    was_busy: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Give what `from_json` takes."""
@@ -61,7 +78,8 @@ class Machine:
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> Self:
         """Make what `to_json` gave."""
-        return cls(**{**saved, "devices": tuple(Device(**device) for device in saved["devices"])})
+        paces = {name: Pace.of(saved.get(name)) for name in ("stored", "repacked")}
+        return cls(**{**saved, **paces, "devices": tuple(map(Device.from_json, saved["devices"]))})
 
     @classmethod
     def paper(
@@ -105,7 +123,7 @@ def probe(
 ) -> Machine:
     """Look at this machine. ram (bytes) and threads take the place of what is found.
 
-    rpc: workers as host:port. Bandwidths are measured the first time, a second or so, and remembered; `fresh`: measured
+    rpc: workers as host:port. Speeds are measured the first time, a second or so, and remembered; `fresh`: measured
     again. Raises EngineError where no engine is built, WorkerError for a worker that does not answer.
     """
     total, usable = memory()
@@ -121,19 +139,35 @@ def probe(
         n_core=threads or n_core,
         n_fast_core=threads or n_fast_core,
         bandwidth=speeds["ram"],
+        stored=Pace.of(speeds["host"].get("stored")),
+        repacked=Pace.of(speeds["host"].get("repacked")),
+        attention_token=speeds["host"].get("attention_token"),
+        attention_prompt=speeds["host"].get("attention_prompt"),
+        was_busy=speeds["busy"],
     )
 
 
-def _device(found: Mapping[str, Any], speeds: Mapping[str, float]) -> Device:
+def _device(found: Mapping[str, Any], speeds: Mapping[str, Any]) -> Device:
     is_near = found["kind"] != "rpc"
     link = speeds.get("link", bandwidth.PCIE4 if is_near else None)
     slow = link * bandwidth.PAGEABLE_SHARE if link and is_near else link
     return Device(
         **found,
-        bandwidth=speeds.get("bandwidth", bandwidth.of_card(found["description"])),
+        bandwidth=bandwidth.of_card(found["description"]),
         link=link,
         link_pageable=speeds.get("link_pageable", slow),
+        pace=Pace.of(speeds.get("pace")),
     )
+
+
+def stream_device(devices: Sequence[Device]) -> Device | None:
+    """Give the device that experts in RAM are sent to for prompts: the first that computes them and is no worker."""
+    return next((device for device in devices if device.kind != "rpc" and device.takes_experts), None)
+
+
+def repacks(devices: Sequence[Device]) -> bool:
+    """Whether the engine may repack weights in RAM: beside a GPU they lie in memory that it reads by itself."""
+    return all(device.kind == "rpc" for device in devices)
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------

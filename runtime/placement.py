@@ -27,7 +27,7 @@ class Room:
     """What a device offers: bytes for weights and cache, and what each layer costs there (any unit, less is better).
 
     within: cost of a layer with its experts on the device; without: with its experts in RAM. entry: cost of using the
-    device at all; tail: of the output matrix, if it is the last.
+    device at all; tail: of the output matrix, if it is the last. takes_experts: else they are never there.
     """
 
     capacity: int
@@ -35,6 +35,7 @@ class Room:
     without: tuple[float, ...]
     entry: float = 0.0
     tail: float = 0.0
+    takes_experts: bool = True
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ def _best(weights: Weights, room: Room, before: dict[int, _Step], end: int, *, i
         if left < 0:
             break
         cost += room.without[first]
-        item = _Point(weights.experts[first], room.without[first] - room.within[first], 1 << first)
+        gain = room.without[first] - room.within[first] if room.takes_experts else 0.0
+        item = _Point(weights.experts[first], gain, 1 << first)
         frontier = _extended(frontier, item, left)
         if first % weights.step or first not in before:
             continue

@@ -32,6 +32,7 @@ WISHES: Final = {
     **dict.fromkeys(("-ub", "--ubatch-size"), "n_ubatch"),
     **dict.fromkeys(("-np", "--parallel"), "n_parallel"),
     **dict.fromkeys(("-ctk", "--cache-type-k"), "kv_type"),
+    **dict.fromkeys(("-ctv", "--cache-type-v"), "v_type"),
     **dict.fromkeys(("-fa", "--flash-attn"), "flash"),
 }
 # What the engine takes for on and off; "auto" leaves it to the plan.
@@ -39,6 +40,7 @@ SWITCH: Final = {
     **dict.fromkeys(("on", "enabled", "true", "1"), True),
     **dict.fromkeys(("off", "disabled", "false", "0"), False),
 }
+ENGINE_KV_TYPE: Final = "f16"  # of keys and of values, each where it is not given
 # Of what a plan took of a memory that was too small for it: what the next one may count on.
 LESS: Final = 0.9
 
@@ -133,14 +135,24 @@ def _wish(options: ServerOptions, about: header.Header) -> Wish:
 
 
 def _wished(extra: tuple[str, ...]) -> Mapping[str, Any]:
-    """Read what `extra` has of a plan's wishes; the engine says what is wrong with a value."""
-    return dict(_pairs(extra))
+    """Read what `extra` has of a plan's wishes; the engine says what is wrong with a value.
+
+    Raises PlacementError for values of another type than the keys, which no plan counts.
+    """
+    found = dict(_pairs(extra))
+    if (values := found.pop("v_type", None)) is None:
+        return found
+    keys = found.get("kv_type", ENGINE_KV_TYPE)
+    if values != keys:
+        fix = "a cache of two types can be served without a plan: give --fit on too"
+        raise PlacementError("KV type", got=f"{values} for values, {keys} for keys", expected="one for both", fix=fix)
+    return {**found, "kv_type": values}
 
 
 def _pairs(extra: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
     for flag, value in pairwise(extra):
         field = WISHES.get(flag)
-        if field == "kv_type":
+        if field in ("kv_type", "v_type"):
             yield field, value
         elif field == "flash":
             yield field, SWITCH.get(value)

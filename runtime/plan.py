@@ -16,7 +16,7 @@ from hymoe.errors import PlacementError
 from hymoe.runtime import buffers, placement, scratch
 from hymoe.runtime.forecast import Costs, speeds
 from hymoe.runtime.layout import Layout
-from hymoe.runtime.machine import Device, Machine
+from hymoe.runtime.machine import Device, Machine, repacks, stream_device
 from hymoe.runtime.placement import Room, Run, Weights
 from hymoe.runtime.planned import PURPOSES, RAM, LoadMode, Memory, Plan, Setting, Wish
 from hymoe.runtime.roofline import Use
@@ -114,11 +114,6 @@ def predicted(layout: Layout, setting: Setting, devices: tuple[Device, ...]) -> 
     return found | {RAM: scratch.on_host(*about, flash=setting.flash, has_layers=not devices, has_experts=computes)}
 
 
-def stream_device(devices: Sequence[Device]) -> Device | None:
-    """Give the device that weights in RAM are sent to for prompts: the first that is no worker on the network."""
-    return next((device for device in devices if device.kind != "rpc"), None)
-
-
 @dataclass(frozen=True)
 class _Search:
     """What one search is about: everything that is fixed while settings are tried."""
@@ -144,7 +139,8 @@ class _Search:
             streams = [None, buffers.offload_batch(self.layout.shape.n_expert, self.layout.shape.n_expert_used)]
         for kv_type, n_ubatch, stream in product(kv_types, self.ubatches(devices), streams):
             if stream is None or stream <= n_ubatch:
-                yield self._setting(devices, kv_type, n_ubatch, stream)
+                found = self._setting(devices, kv_type, n_ubatch, stream)
+                yield from (replace(found, repack=repack) for repack in self._repack(devices))
 
     def ubatches(self, devices: Sequence[Device]) -> Sequence[int]:
         """Give every ubatch to try with these devices, none larger than the context."""
@@ -167,11 +163,17 @@ class _Search:
             n_ubatch,
             stream,
             flash=self._flash(devices, kv_type),
-            # beside a GPU, weights in RAM lie in memory that it reads itself: the engine repacks nothing there
-            repack=tuned is None or tuned.repack or stream_device(devices) is not None,
+            repack=True,
             threads=tuned.threads if tuned else self.machine.n_fast_core,
             threads_batch=tuned.threads_batch if tuned else self.machine.n_core,
         )
+
+    def _repack(self, devices: Sequence[Device]) -> tuple[bool, ...]:
+        if not repacks(devices):
+            return (True,)
+        if self.tuned is not None:
+            return (self.tuned.repack,)
+        return (True, False) if self.machine.stored and self.machine.repacked else (True,)
 
     def _flash(self, devices: Sequence[Device], kv_type: str) -> bool:
         if self.wish.flash is not None:
@@ -199,7 +201,10 @@ def _subsets(devices: Sequence[Device]) -> Iterator[tuple[Device, ...]]:
     seen = set()
     for count in range(len(devices) + 1):
         for subset in combinations(devices, count):
-            alike = tuple((device.kind, device.free, device.bandwidth, device.link) for device in subset)
+            alike = tuple(
+                (device.kind, device.free, device.bandwidth, device.link, device.pace, device.takes_experts)
+                for device in subset
+            )
             if alike not in seen:
                 seen.add(alike)
                 yield subset
@@ -227,7 +232,7 @@ def _placed(
 ) -> _Placed | None:
     """Place by the first attempt that leaves RAM enough."""
     layout = search.layout
-    costs = Costs(layout, search.machine, search.use, devices, setting=setting)
+    costs = Costs(layout, search.machine, search.use, devices, setting=setting, tuned=search.tuned)
     kv = layout.kv_bytes(setting.n_ctx, setting.kv_type)
     weights = Weights(
         tuple(layer.dense + kv * layer.owns_kv for layer in layout.layers),
@@ -242,7 +247,7 @@ def _placed(
         within, without = costs.all(rates, rates), costs.all(rates, costs.host)
         entry = costs.roofline.boundary(rates).total(search.use)
         tail = costs.roofline.output(rates).total(search.use)
-        rooms.append(Room(capacity, within, without, entry, tail))
+        rooms.append(Room(capacity, within, without, entry, tail, device.takes_experts))
     for attempt in attempts:
         runs = attempt(weights, rooms, costs)
         if runs is None:
@@ -262,7 +267,8 @@ def _least_ram(weights: Weights, rooms: Sequence[Room], _costs: Costs) -> tuple[
     """Place so that RAM holds as little as possible, for where the fastest does not fit it."""
     n_layer = len(weights.fixed)
     in_ram = tuple(map(float, weights.experts))
-    by_bytes = tuple(Room(room.capacity, (0.0,) * n_layer, in_ram) for room in rooms)
+    none = (0.0,) * n_layer
+    by_bytes = tuple(Room(room.capacity, none, in_ram, takes_experts=room.takes_experts) for room in rooms)
     all_of_it = tuple(float(fixed + experts) for fixed, experts in zip(weights.fixed, weights.experts, strict=True))
     found = placement.search(weights, by_bytes, all_of_it)
     return None if found is None else found.runs

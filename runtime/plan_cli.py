@@ -177,7 +177,9 @@ def _plan(file: Path, machine: Machine, wish: Wish, *, tune: bool) -> Plan:
         )
     found = settle(file, model, machine, wish, _tuned(file, machine, wanted=tune))
     if found.tuned is None and not machine.is_paper and (found.ram.experts or found.ram.layers):
-        console.status("threads, ubatch and repacking are assumed: `hy-plan --tune` measures them, in about a minute")
+        console.status(
+            "nothing was measured on this model: `hy-plan --tune` finds its best settings, in about a minute"
+        )
     return found
 
 

@@ -11,8 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hymoe.console import format_bytes
-from hymoe.runtime.planned import RAM, Memory, Plan
-from hymoe.runtime.roofline import bandwidth_of
+from hymoe.runtime.planned import Memory, Plan, Speeds
 
 # Field of Memory -> what it is called, its letter in the bar, its colour.
 PARTS: Final = {
@@ -90,18 +89,23 @@ def _segments(memory: Memory) -> Iterator[tuple[str, str]]:
 def speeds(plan: Plan) -> Iterator[Text]:
     """Give the predictions, and what each token costs to read."""
     found, use = plan.speeds, plan.use
-    rates = bandwidths(plan)
-    read = " + ".join(f"{format_bytes(n)} from {name} ({rates[name]})" for name, n in found.read.items() if n)
+    read = " + ".join(
+        f"{format_bytes(found.read[name])} from {name} ({format_bytes(rate)}/s)" for name, rate in found.rates.items()
+    )
     yield Text(f"prompt  {found.prefill:7.1f} tokens/s for {use.n_prompt} tokens; limited by {found.prefill_limit}")
     yield Text(f"answer  {found.generation:7.1f} tokens/s; limited by {found.generation_limit}")
     yield Text(f"        each token reads {read}")
-    yield Text("Speeds are predicted from bytes, operations and bandwidths, not measured.", style="dim")
+    yield Text(f"Speeds are predicted, from rates {basis(found)}.", style="dim")
 
 
-def bandwidths(plan: Plan) -> dict[str, str]:
-    """Say at what rate each memory is taken to be read: what was measured, or the maker's number."""
-    rates = {device.name: bandwidth_of(device, plan.machine) for device in plan.devices}
-    return {name: f"{format_bytes(rate)}/s" for name, rate in (rates | {RAM: plan.machine.bandwidth}).items()}
+def basis(speeds: Speeds) -> str:
+    """Say where the rates come from, and of which memories where that differs."""
+    names: dict[str, list[str]] = {}
+    for name, source in speeds.sources.items():
+        names.setdefault(source, []).append(name)
+    if len(names) == 1:
+        return next(iter(names))
+    return " and ".join(f"{source} ({', '.join(which)})" for source, which in names.items())
 
 
 def command(plan: Plan, tool: str, model: str) -> str:

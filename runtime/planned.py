@@ -11,7 +11,7 @@ from hymoe.runtime import measuring
 from hymoe.runtime.layout import Layout
 from hymoe.runtime.machine import Device, Machine
 from hymoe.runtime.placement import Run
-from hymoe.runtime.roofline import Use
+from hymoe.runtime.roofline import Source, Use
 from hymoe.runtime.tune import Tuned
 
 # Purpose -> what is made fast, and the context where none is asked for.
@@ -114,13 +114,18 @@ class Memory:
 
 @dataclass(frozen=True)
 class Speeds:
-    """Predicted tokens per second for the plan's use, what a token reads from each memory (bytes), and what limits."""
+    """Predicted tokens per second for the plan's use, what a token reads from each memory (bytes), and what limits.
+
+    rates: bytes/s counted with, and sources: where they come from, of each memory that is read.
+    """
 
     prefill: float
     generation: float
     read: dict[str, int]
     prefill_limit: str
     generation_limit: str
+    rates: dict[str, float]
+    sources: dict[str, Source]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -34,14 +34,18 @@ def settle(file: Path, layout: Layout, machine: Machine, wish: Wish, tuned: Tune
         found = plan.make(layout, machine, wish, tuned, compute)
         counted = _counted(file, found)
         refused = _refused(found, counted)
+        # the output matrix alone may be larger than a device takes a tensor
+        without = [m.name for m in found.memories if m.experts and refused.get(m.name, 0) > m.output]
+        if without:
+            console.warn(f"{', '.join(without)}: no kernel for this model's experts; all of them stay in RAM")
+            machine = _without_experts(machine, without)
+            continue
         measured = {name: memory.compute for name, memory in counted.items()}
         measured[RAM] += sum(refused.values())
         exact = replace(found, memories=tuple(replace(m, compute=measured[m.name]) for m in found.memories))
         key = _key(found.setting, found.devices)
         if key in known and all(memory.free >= 0 for memory in exact.memories):
-            for name, n_bytes in refused.items():
-                kept = f"{console.format_bytes(n_bytes)} of the weights that would lie there"
-                console.warn(f"{name} does not compute on {kept}; they are counted, and stay, in RAM")
+            _warn(refused)
             return exact
         # what one placement needs, another of the same setting may need too
         before = known.get(key, {})
@@ -58,6 +62,20 @@ def _counted(file: Path, found: Plan) -> dict[str, Breakdown]:
     """Give what the engine counts for a plan, by memory."""
     answer = buffers.measure(file, found.arguments(), cards=found.machine.cards, min_batch=found.setting.stream_from)
     return {RAM if name == buffers.HOST else name: memory for name, memory in answer.items()}
+
+
+def _warn(refused: Mapping[str, int]) -> None:
+    for name, n_bytes in refused.items():
+        kept = f"{console.format_bytes(n_bytes)} of the weights that would lie there"
+        console.warn(f"{name} does not compute on {kept}; they are counted, and stay, in RAM")
+
+
+def _without_experts(machine: Machine, names: Collection[str]) -> Machine:
+    """Give the machine with devices that compute no experts."""
+    devices = (
+        replace(device, takes_experts=device.takes_experts and device.name not in names) for device in machine.devices
+    )
+    return replace(machine, devices=tuple(devices))
 
 
 def _refused(found: Plan, counted: Mapping[str, Breakdown]) -> dict[str, int]:

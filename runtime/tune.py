@@ -13,14 +13,15 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from hymoe import console
 from hymoe.errors import EngineError, PlacementError
-from hymoe.runtime import bandwidth, layout, measuring, process
+from hymoe.runtime import bandwidth, layout, measuring, process, quiet
+from hymoe.runtime.bandwidth import Pace
 from hymoe.runtime.header import parts
 from hymoe.runtime.machine import Machine
-from hymoe.runtime.sample import n_bytes, sample
+from hymoe.runtime.sample import layers, n_bytes, sample
 
 UBATCHES: Final = (512, 1024, 2048)
 N_PROMPT: Final = 512
@@ -37,13 +38,24 @@ USE: Final = (4096, 500)
 
 @dataclass(frozen=True)
 class Tuned:
-    """The fastest settings. threads: for generation; threads_batch: for prompts; ubatch: tokens, on the processor."""
+    """The fastest settings. threads: for generation; threads_batch: for prompts; ubatch: tokens, on the processor.
+
+    stored, repacked: what the processor did with the model's weights in either layout.
+    """
 
     repack: bool
     threads: int
     threads_batch: int
     ubatch: int
     flash: bool
+    stored: Pace | None = None
+    repacked: Pace | None = None
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> Self:
+        """Make what `asdict` gave, or gave before there were paces."""
+        paces = {name: Pace.of(saved.get(name)) for name in ("stored", "repacked")}
+        return cls(**{**saved, **paces})
 
 
 Row = Mapping[str, Any]
@@ -60,12 +72,15 @@ def tune(model: Path, machine: Machine) -> Tuned:
     """
     about = layout.read(model)
     _require(model, about, machine)
+    watch = quiet.Watch()
     with (
         process.signals_as_exceptions(),  # a sample is gigabytes: it goes however we end
         sample(model, measuring.folder()) as file,
         console.progress("tuning", _n_rows(machine), unit="%") as tick,
     ):
-        found = _search(lambda options: _rows(file, options, tick), machine)
+        found = _search(lambda options: _rows(file, options, tick), about, machine)
+    if watch.busy():
+        console.warn("other programs ran meanwhile, which makes all speeds too low: tune again when nothing else runs")
     measuring.keep("tuned", _key(about, machine), asdict(found))
     return found
 
@@ -83,7 +98,7 @@ def _require(model: Path, about: layout.Layout, machine: Machine) -> None:
 def known(model: Path, machine: Machine) -> Tuned | None:
     """Give what `tune` found before; None where it was not asked."""
     found = measuring.recall("tuned", _key(layout.read(model), machine))
-    return None if found is None else Tuned(**found)
+    return None if found is None else Tuned.from_json(found)
 
 
 def candidates(machine: Machine) -> tuple[int, ...]:
@@ -97,20 +112,37 @@ def _key(about: layout.Layout, machine: Machine) -> object:
     return {"cpu": bandwidth.cpu_name(), "threads": candidates(machine), "kinds": kinds}
 
 
-def _search(bench: Bench, machine: Machine) -> Tuned:
+def _search(bench: Bench, about: layout.Layout, machine: Machine) -> Tuned:
     """Choose one setting after the other, the one that decides most first."""
     threads = candidates(machine)
     both = {"n-prompt": (N_PROMPT,), "n-gen": (N_ANSWER,)}
     rows = bench({**both, "repack": (0, 1), "threads": threads})
-    repack = min((0, 1), key=lambda choice: _seconds([row for row in rows if row["repack"] == choice]))
-    rows = [row for row in rows if row["repack"] == repack]
-    few, many = _fastest(_answers(rows))["n_threads"], _fastest(_prompts(rows))["n_threads"]
+    by_choice = {choice: [row for row in rows if row["repack"] == choice] for choice in (0, 1)}
+    repack = min((0, 1), key=lambda choice: _seconds(by_choice[choice]))
+    answers = {choice: _fastest(_answers(rows)) for choice, rows in by_choice.items()}
+    prompts = {choice: _fastest(_prompts(rows)) for choice, rows in by_choice.items()}
+    few, many = answers[repack]["n_threads"], prompts[repack]["n_threads"]
     fixed = {"repack": (repack,), "threads": (many,)}
     rows = bench({**fixed, "n-prompt": UBATCHES[-1:], "n-gen": (0,), "ubatch-size": UBATCHES})
-    ubatch = min(row["n_ubatch"] for row in rows if WORTH * _speed(row) >= _speed(_fastest(rows)))
+    worthy = [row for row in rows if WORTH * _speed(row) >= _speed(_fastest(rows))]
+    prompts[repack] = min(worthy, key=lambda row: row["n_ubatch"])
     rows = bench({**fixed, **both, "n-depth": (N_DEPTH,), "flash-attn": (0, 1)})
     without, with_flash = (_seconds([row for row in rows if row["flash_attn"] == choice]) for choice in (0, 1))
-    return Tuned(bool(repack), few, many, ubatch, with_flash <= WORTH * without)
+    paces = [_pace(about, prompts[choice], answers[choice]) for choice in (0, 1)]
+    return Tuned(bool(repack), few, many, prompts[repack]["n_ubatch"], with_flash <= WORTH * without, *paces)
+
+
+def _pace(about: layout.Layout, prompt: Row, answer: Row) -> Pace:
+    """Say what the processor did with the sample's layers; of its output matrix nearly nothing is left.
+
+    Of the last of them a prompt needs attention alone.
+    """
+    share = about.shape.n_expert_used / about.shape.n_expert
+    chosen = [about.layers[index] for index in layers(about)]
+    n_bytes = sum(layer.dense + share * layer.experts for layer in chosen)
+    n_params = sum(layer.dense_params + share * layer.expert_params for layer in chosen[:-1])
+    n_params += chosen[-1].attention_params
+    return Pace(read=n_bytes * _speed(answer), ops=2 * n_params * _speed(prompt))
 
 
 def _n_rows(machine: Machine) -> int:

@@ -6,14 +6,17 @@ import json
 import os
 import socket
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rpc_worker import rpc_worker
 
 from hymoe import engine
 from hymoe.errors import ServerError
-from hymoe.runtime import bandwidth, machine, measuring
+from hymoe.runtime import bandwidth, machine, measuring, quiet
+from hymoe.runtime.bandwidth import Pace
 from hymoe.runtime.machine import Device, Machine
 
 KIB = 1024
@@ -167,6 +170,20 @@ def test_paper() -> None:
 def test_json_and_back() -> None:
     made = Machine.paper(vram=[24 << 30], ram=64 << 30)
     assert Machine.from_json(json.loads(json.dumps(made.to_json()))) == made
+    card = replace(made.devices[0], pace=Pace(4e11, 3e13), takes_experts=False)
+    measured = replace(made, devices=(card,), stored=Pace(2e10, 4e11), repacked=Pace(3e10, 2e11), was_busy=True)
+    measured = replace(measured, attention_token=8e9, attention_prompt=6e10)
+    assert Machine.from_json(json.loads(json.dumps(measured.to_json()))) == measured
+
+
+def test_what_was_kept_before_there_were_paces() -> None:
+    made = Machine.paper(vram=[24 << 30], ram=64 << 30)
+    saved = made.to_json()
+    for name in ("stored", "repacked", "attention_token", "attention_prompt", "was_busy"):
+        del saved[name]
+    for name in ("pace", "takes_experts"):
+        del saved["devices"][0][name]
+    assert Machine.from_json(saved) == made
 
 
 @pytest.fixture
@@ -186,6 +203,65 @@ def test_this_machine(cache: Path) -> None:
     assert machine.probe().bandwidth == found.bandwidth, "measured once"
     assert {file: file.read_bytes() for file in cache.iterdir()} == first
     assert 1e8 < found.bandwidth < 1e13
+    assert found.stored
+    for pace in filter(None, (found.stored, found.repacked)):
+        assert 1e7 < pace.read < 1e13
+        assert 1e9 < pace.ops < 1e16
+    assert found.attention_token
+    assert found.attention_prompt
+
+
+class Engine:
+    """Answers as hymoe-measure does, with the numbers of one measurement after the other."""
+
+    def __init__(self, *speeds: float) -> None:
+        self.speeds = list(speeds)
+
+    def __call__(self, mode: str, *arguments: str) -> dict[str, Any]:
+        assert mode == "speeds"
+        speed = self.speeds.pop(0)
+        host = {"stored": {"read": speed, "ops": 9 * speed}, "repacked": None}
+        cards = [
+            {**CARD, "pace": {"read": 8.0, "ops": 80.0}, "link": speed, "link_pageable": 1.0},
+            {**WORKER, "link": 2.0},
+        ]
+        return {"devices": cards, "bandwidth": speed + 1, "host": host}
+
+
+CARD = {"name": "CUDA0", "description": "NVIDIA GeForce RTX 3090", "kind": "gpu", "total": 24 << 30, "free": 20 << 30}
+WORKER = {"name": "RPC0", "description": "worker:50052", "kind": "rpc", "total": 1 << 30, "free": 1 << 30}
+
+
+@pytest.mark.engine
+def test_what_was_measured_beside_other_work_does_not_stay(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured again when nothing else runs, but not before; of every number the better one is kept."""
+    asked = Engine(5.0, 7.0, 6.0, 4.0)
+    monkeypatch.setattr(measuring, "ask", asked)
+    now = {"busy": True, "quiet": False}
+    monkeypatch.setattr(quiet.Watch, "busy", lambda self: now["busy"])
+    monkeypatch.setattr(quiet, "is_quiet", lambda: now["quiet"])
+
+    def read(*, fresh: bool = False) -> tuple[float, bool]:
+        found = bandwidth.measured(2, 8 << 30, [CARD, WORKER], ["worker:50052"], fresh=fresh)
+        assert found["host"]["stored"]["ops"] == 9 * found["host"]["stored"]["read"] == 9 * (found["ram"] - 1)
+        assert found["devices"]["CUDA0"] == {
+            "pace": {"read": 8.0, "ops": 80.0},
+            "link": found["host"]["stored"]["read"],
+            "link_pageable": 1.0,
+        }
+        assert found["devices"]["RPC0"] == {"link": 2.0}
+        return found["host"]["stored"]["read"], found["busy"]
+
+    assert [read(), read()] == [(5.0, True)] * 2
+    now["quiet"] = True  # and still something began while it was measured
+    assert read() == (7.0, True)
+    now["busy"] = False
+    assert [read(), read()] == [(7.0, False)] * 2
+    assert asked.speeds == [4.0]
+    assert read(fresh=True) == (4.0, False), "what is asked for while nothing else runs is believed"
+    now["busy"] = True
+    asked.speeds = [3.0]
+    assert read(fresh=True) == (4.0, False)
 
 
 @pytest.mark.engine

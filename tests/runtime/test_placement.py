@@ -34,7 +34,10 @@ def exhaustive(weights: Weights, rooms: list[Room], host: list[float]) -> float 
     """The least cost of all placements that fit."""
     best: float | None = None
     for split in every_split(len(host), len(rooms), weights.step):
-        for choices in product(*(list(every_choice(first, last)) for first, last in split)):
+        able = [room.takes_experts for room in rooms]
+        for choices in product(
+            *(every_choice(*run) if takes else [()] for run, takes in zip(split, able, strict=True))
+        ):
             runs = tuple(Run(first, last, chosen) for (first, last), chosen in zip(split, choices, strict=True))
             used = total_bytes(weights, Found(0.0, runs))
             if all(n <= room.capacity for n, room in zip(used, rooms, strict=True)):
@@ -62,7 +65,8 @@ def test_the_best_of_all_placements(n_room: int, step: int) -> None:
             without = tuple(rng.uniform(4, 12) for _ in range(n_layer))
             # some layers are better off with their experts in RAM
             within = tuple(value - rng.uniform(-1, 4) for value in without)
-            rooms.append(Room(rng.randint(3, 60), within, without, rng.uniform(0, 2), rng.uniform(0, 2)))
+            fees = rng.uniform(0, 2), rng.uniform(0, 2)
+            rooms.append(Room(rng.randint(3, 60), within, without, *fees, takes_experts=rng.random() < 0.8))
         expected = exhaustive(weights, rooms, host)
         found = search(weights, tuple(rooms), tuple(host))
         assert (found is None) == (expected is None)

@@ -82,6 +82,29 @@ def test_a_type_that_no_cache_has_is_one_line(llama_server: Path, long: Path) ->
         placing.place(ServerOptions(long, extra=("-ctk", "q9")))
 
 
+@pytest.mark.parametrize(
+    ("extra", "types"),
+    [
+        (("-ctv", "q8_0"), "q8_0 for values, f16 for keys"),
+        (("-ctk", "q8_0", "-ctv", "f16"), "f16 for values, q8_0 for keys"),
+    ],
+)
+def test_values_of_another_type_are_one_line(
+    llama_server: Path, long: Path, extra: tuple[str, ...], types: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(PlacementError, match=rf"^KV type: got {types}, expected one for both; .* --fit on too$"):
+        placing.place(ServerOptions(long, extra=extra))
+    assert placing.place(ServerOptions(long, extra=(*extra, "--fit", "on"))).plan is None
+
+
+def test_values_of_the_keys_type_are_planned(llama_server: Path, long: Path) -> None:
+    plan = placing.place(ServerOptions(long, extra=("-ctv", "f16"))).plan
+    assert plan is not None
+    assert plan.setting.kv_type == "f16"
+    with pytest.raises(PlacementError, match="got q8_0, expected one of f16; heads of 16"):  # the plan's own word
+        placing.place(ServerOptions(long, extra=("--cache-type-v", "q8_0", "--cache-type-k", "q8_0")))
+
+
 def test_a_download_that_was_cut_short_is_one_line(llama_server: Path, tiny: Path, tmp_path: Path) -> None:
     """By what the head says, before anything is planned or loaded."""
     content = tiny.read_bytes()

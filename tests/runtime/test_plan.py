@@ -13,9 +13,11 @@ import pytest
 
 from hymoe.errors import PlacementError
 from hymoe.runtime import layout, plan
+from hymoe.runtime.bandwidth import Pace
 from hymoe.runtime.layout import Layout, Role
 from hymoe.runtime.machine import Device, Machine
 from hymoe.runtime.planned import PURPOSES, RAM, Plan, Wish
+from hymoe.runtime.roofline import PRODUCTS
 from hymoe.runtime.tune import Tuned
 
 GIB = 1 << 30
@@ -198,6 +200,55 @@ def test_generation_is_bytes_over_bandwidth(a13b: Layout) -> None:
     kv = (found.use.n_prompt + found.use.n_answer / 2) * 128 * 1024
     assert found.speeds.read[RAM] == pytest.approx(routed + dense + kv, rel=1e-6)
     assert found.speeds.generation == pytest.approx(0.85 * found.machine.bandwidth / (routed + dense + kv), rel=1e-6)
+
+
+def test_attention_takes_what_it_was_measured_to_take(a13b: Layout) -> None:
+    """Beyond its bytes, of which several heads share each: by operations, for a token and for a prompt."""
+    here = replace(machine(ram=96), stored=Pace(20e9, 400e9))
+    shape, wish = a13b.shape, Wish(32768, kv_type="f16", n_ubatch=512)
+    usual = plan.make(a13b, here, wish)
+    found = plan.make(a13b, replace(here, attention_token=8e9, attention_prompt=60e9), wish)
+    depth = found.use.n_prompt + found.use.n_answer / 2
+    width = shape.n_layer * shape.n_head * shape.head_dim
+    less = depth * 128 * 1024 / (PRODUCTS * 20e9)
+    expected = 1 / usual.speeds.generation - less + 4 * width * depth / 8e9
+    assert 1 / found.speeds.generation == pytest.approx(expected)
+    slow = plan.make(a13b, replace(here, attention_token=2e9), wish)
+    for limited, limit in ((usual, "reading RAM ("), (found, "reading RAM ("), (slow, "attention on the processor (")):
+        assert limited.speeds.generation_limit.startswith(limit)
+    prompt = 2 * width * found.use.n_prompt**2 * (1 / 60e9 - 1 / (PRODUCTS * 400e9))
+    assert found.use.n_prompt / found.speeds.prefill == pytest.approx(
+        usual.use.n_prompt / usual.speeds.prefill + prompt
+    )
+    fast = plan.make(a13b, replace(here, attention_token=1e15), wish)
+    assert fast.speeds.generation == pytest.approx(usual.speeds.generation), "its bytes have to be read in any case"
+
+
+def test_a_prompt_needs_the_last_layers_attention_alone(a13b: Layout) -> None:
+    """All other weights are used for every token."""
+    here = replace(machine(ram=96), stored=Pace(1e15, 400e9))  # nothing but operations counts
+    found = plan.make(a13b, here, Wish(32768, kv_type="f16", n_ubatch=512))
+    share = a13b.shape.n_expert_used / a13b.shape.n_expert
+    of_all = {t: share if t.role is Role.EXPERTS else 1.0 for t in a13b.tensors if t.layer is not None}
+    last = a13b.shape.n_layer - 1
+    n_params = sum(part * t.n_params for t, part in of_all.items() if t.layer != last or t.role is Role.ATTENTION)
+    n_prompt = found.use.n_prompt
+    attended = 2 * a13b.shape.n_layer * a13b.shape.n_head * a13b.shape.head_dim * n_prompt**2
+    seconds_of_all = (2 * n_params * n_prompt + attended) / (PRODUCTS * 400e9)
+    assert n_prompt / found.speeds.prefill == pytest.approx(seconds_of_all, rel=1e-3)
+
+
+def test_repacking_is_what_is_faster(a13b: Layout) -> None:
+    """By what the machine did with experts in both layouts, as far as they would be repacked, and for the use."""
+    reads, works = Pace(30e9, 200e9), Pace(20e9, 400e9)
+    for purpose, repack in (("prefill", False), ("chat", True)):
+        here = replace(machine(ram=96), stored=works, repacked=reads)
+        assert plan.make(a13b, here, Wish(32768, purpose)).setting.repack is repack
+        assert (
+            plan.make(a13b, replace(here, stored=reads, repacked=works), Wish(32768, purpose)).setting.repack
+            is not repack
+        )
+    assert plan.make(a13b, replace(machine(ram=96), stored=works), Wish(32768)).setting.repack
 
 
 def test_an_integrated_gpu_takes_from_the_ram(a13b: Layout) -> None:

@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -23,10 +23,11 @@ from large_model import write as write_large
 from rpc_worker import rpc_worker
 
 from hymoe.convert.convert import ConvertOptions, convert
-from hymoe.runtime import buffers, layout, process, settle
+from hymoe.runtime import buffers, layout, plan_view, process, settle
 from hymoe.runtime.machine import Machine, probe
 from hymoe.runtime.plan_cli import main
-from hymoe.runtime.planned import RAM, Plan, Wish
+from hymoe.runtime.planned import RAM, Plan, Speeds, Wish
+from hymoe.runtime.roofline import Source
 from hymoe.sizes import RAM_MARGIN
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("own_cache")]
@@ -137,10 +138,40 @@ def test_the_server_places_as_planned(llama_server: Path, tmp_path: Path) -> Non
     assert said(log, "KV").get("CPU", 0.0) == pytest.approx(in_ram.kv, abs=0.01 * 2**20)
 
 
-def test_weights_that_a_card_refuses_are_counted_in_ram(
+def test_experts_that_a_card_refuses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As on a card of little shared memory, for whose experts the Vulkan backend has no kernel."""
+    """As on a card of little shared memory, for whose experts the Vulkan backend has no kernel: they stay in RAM."""
+    count = buffers.measure
+
+    def refusing(file: Path, arguments: Sequence[str], **named: Any) -> Mapping[str, buffers.Breakdown]:
+        return count(file, [*arguments, "--override-tensor", "exps=CPU"], **named)
+
+    model, vram, ram = MACHINES["small"]
+    file = paper.write(tmp_path / "model.gguf", model)
+    asked = (file, layout.read(file), Machine.paper(vram=vram, ram=ram), Wish(16384))
+    usual = settle.settle(*asked)
+    assert usual.memories[0].experts > 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(buffers, "measure", refusing)
+    found = settle.settle(*asked)
+    assert capsys.readouterr().err == "warning: GPU0: no kernel for this model's experts; all of them stay in RAM\n"
+    assert [device.takes_experts for device in found.devices] == [False]
+    assert [run.experts for run in found.runs] == [()]
+    assert found.ram.experts == sum(layer.experts for layer in found.layout.layers)
+    assert found.setting.stream_from is None, "nothing is sent to it either"
+    assert found.speeds.generation < usual.speeds.generation
+    assert found.speeds.read[RAM] > usual.speeds.read[RAM]
+    monkeypatch.setattr(buffers, "measure", count)
+    monkeypatch.setattr(buffers, "measure", count)
+    for name, memory in measured(file, found).items():  # an engine that could does as much
+        planned = next(planned for planned in found.memories if planned.name == name)
+        assert 0 <= memory.weights - planned.weights <= 128 * len(found.layout.tensors)
+
+
+def test_other_weights_that_a_card_refuses_are_counted_in_ram(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     count = buffers.measure
 
     def refusing(*arguments: Any, **named: Any) -> dict[str, buffers.Breakdown]:
@@ -152,7 +183,9 @@ def test_weights_that_a_card_refuses_are_counted_in_ram(
 
     model, vram, ram = MACHINES["small"]
     file = paper.write(tmp_path / "model.gguf", model)
-    asked = (file, layout.read(file), Machine.paper(vram=vram, ram=ram), Wish(16384))
+    machine = Machine.paper(vram=vram, ram=ram)
+    machine = replace(machine, devices=tuple(replace(card, takes_experts=False) for card in machine.devices))
+    asked = (file, layout.read(file), machine, Wish(16384))
     usual = settle.settle(*asked)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(buffers, "measure", refusing)
@@ -186,6 +219,8 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert set(memories) == {"GPU0", RAM}
     assert memories["GPU0"]["n_bytes"] == 2_000_000_000
     assert memories[RAM]["n_bytes"] == 8_000_000_000
+    assert found["speeds"]["sources"] == {"GPU0": "taken from data sheets"}
+    assert found["speeds"]["rates"].keys() == {"GPU0"}
 
 
 def test_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -204,6 +239,12 @@ def test_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "llama-server --model" in lines[-1]
     assert any(line.startswith("prompt ") for line in lines)
     assert any(line.startswith("answer ") for line in lines)
+    assert "Speeds are predicted, from rates taken from data sheets." in lines
+
+
+def test_where_rates_come_from() -> None:
+    speeds = Speeds(1.0, 1.0, {}, "", "", {}, {"GPU0": Source.SHEETS, "GPU1": Source.SHEETS, RAM: Source.MODEL})
+    assert plan_view.basis(speeds) == "taken from data sheets (GPU0, GPU1) and measured on this model (RAM)"
 
 
 def test_a_config_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

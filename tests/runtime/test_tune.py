@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import gguf
@@ -21,7 +22,7 @@ from hymoe import engine
 from hymoe.convert import miniature
 from hymoe.convert.convert import ConvertOptions, convert
 from hymoe.errors import ModelFileError, OutputError, PlacementError
-from hymoe.runtime import layout, sample, tune
+from hymoe.runtime import layout, quiet, sample, tune
 from hymoe.runtime.machine import Machine
 
 MACHINE = Machine(devices=(), ram_total=8 << 30, ram_usable=4 << 30, n_core=2, n_fast_core=2, bandwidth=1e10)
@@ -89,12 +90,62 @@ def test_what_is_found_is_remembered(model: Path, tmp_path: Path, monkeypatch: p
     found = tune.tune(model, LONE)
     assert {found.threads, found.threads_batch} <= set(tune.candidates(LONE))
     assert found.ubatch in tune.UBATCHES
+    assert found.stored
+    assert found.repacked
     kept = list((tmp_path / "cache" / "measured").iterdir())
     assert [file.suffix for file in kept] == [".json"], "the sample is gone"
     assert tune.known(model, LONE) == found
     # another file of the same kind is the same to it, another processor is not
     assert tune.known(write_model(tmp_path / "other.gguf", words=2000), LONE) == found
     assert tune.known(model, replace(LONE, n_core=3)) is None
+
+
+# repacked?: tokens/s of prompts and answers
+SPEEDS = {0: (300.0, 30.0), 1: (200.0, 33.0)}
+
+
+def rows(_file: Path, options: tune.Options, _tick: object) -> list[tune.Row]:
+    """As llama-bench, on a processor that likes weights as stored and ubatches of 1024 tokens."""
+    found: list[tune.Row] = []
+    for values in product(*options.values()):
+        chosen = dict(zip(options, values, strict=True))
+        n_ubatch = chosen.get("ubatch-size", 512)
+        row = {"repack": chosen["repack"], "n_threads": chosen["threads"], "n_ubatch": n_ubatch}
+        row |= {"flash_attn": chosen.get("flash-attn", 1)}
+        reading, writing = (speed * chosen["threads"] / MACHINE.n_core for speed in SPEEDS[chosen["repack"]])
+        reading *= 1.2 if n_ubatch == 1024 else 1.0
+        if chosen["n-prompt"]:
+            found.append({**row, "n_prompt": chosen["n-prompt"], "n_gen": 0, "samples_ts": [0.9 * reading, reading]})
+        if chosen["n-gen"]:
+            found.append({**row, "n_prompt": 0, "n_gen": chosen["n-gen"], "samples_ts": [writing, 0.9 * writing]})
+    return found
+
+
+@pytest.mark.engine
+def test_rates_are_what_was_done_with_the_models_weights(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HYMOE_ENGINE", str(engine.find().bin))
+    monkeypatch.setenv("HYMOE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tune, "_rows", rows)
+    monkeypatch.setattr(quiet.Watch, "busy", lambda _watch: True)
+    found = tune.tune(model, MACHINE)
+    assert "tune again when nothing else runs" in capsys.readouterr().err
+    assert (found.repack, found.threads, found.threads_batch, found.ubatch) == (False, 2, 2, 1024)
+    about = layout.read(model)
+    chosen = sample.layers(about)
+    used = about.shape.n_expert_used / about.shape.n_expert
+    share = {t: used if t.role is layout.Role.EXPERTS else 1.0 for t in about.tensors if t.layer in chosen}
+    n_bytes = sum(part * t.n_bytes for t, part in share.items())
+    # past its attention the last layer works for one token
+    kept = [t for t in share if t.layer != chosen[-1] or t.role is layout.Role.ATTENTION]
+    n_params = sum(share[t] * t.n_params for t in kept)
+    assert found.stored
+    assert found.stored.read == pytest.approx(30 * n_bytes)
+    assert found.stored.ops == pytest.approx(1.2 * 300 * 2 * n_params)
+    assert found.repacked
+    assert found.repacked.read == pytest.approx(33 * n_bytes)
+    assert found.repacked.ops == pytest.approx(200 * 2 * n_params)
 
 
 @pytest.mark.engine

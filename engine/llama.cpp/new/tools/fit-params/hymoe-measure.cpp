@@ -1,7 +1,8 @@
 // What a machine has, and what a model would take of it: one JSON document on stdout, the log on stderr.
 //
 //   hymoe-measure devices                 [ARGUMENTS]    every device but the processor, with its memory
-//   hymoe-measure speeds BYTES SECONDS    [ARGUMENTS]    the same, and how fast memories and links are read
+//   hymoe-measure speeds BYTES SECONDS    [ARGUMENTS]    the same, how fast memories and links are read, and what all
+//                                                        processors compute; SECONDS for each of these numbers
 //   hymoe-measure memory [CARD=BYTES,...]  ARGUMENTS     the buffers of a model and its context; nothing is allocated,
 //                                                        and no weight is read; on cards that need not be there
 //
@@ -25,6 +26,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -43,16 +45,16 @@ double seconds_since(clock_type::time_point start) {
     return std::chrono::duration<double>(clock_type::now() - start).count();
 }
 
-// Bytes per second of the fastest of the runs of `run` that fit into `seconds`, the first not counted: it maps pages,
-// compiles kernels and wakes clocks. Other work on the machine only ever makes a run slower.
-double fastest(size_t n_bytes, double seconds, const std::function<void()> & run) {
+// Seconds of the fastest of the runs of `run` that fit into `seconds`, the first not counted: it maps pages, compiles
+// kernels and wakes clocks. Other work on the machine only ever makes a run slower.
+double fastest(double seconds, const std::function<void()> & run) {
     run();
     const auto begun = clock_type::now();
-    double     best  = 0;
+    double     best  = HUGE_VAL;
     do {
         const auto start = clock_type::now();
         run();
-        best = std::max(best, n_bytes / seconds_since(start));
+        best = std::min(best, seconds_since(start));
     } while (seconds_since(begun) < seconds);
     return best;
 }
@@ -75,7 +77,7 @@ double ram_bandwidth(size_t n_bytes, double seconds, int n_threads) {
         }
     };
     all([n_words](std::vector<uint64_t> & part) { part.assign(n_words, 1); });
-    return fastest(n_words * sizeof(uint64_t) * n_threads, seconds, [&] {
+    return n_words * sizeof(uint64_t) * n_threads / fastest(seconds, [&] {
         all([&total](const std::vector<uint64_t> & part) {
             uint64_t sums[8] = {};
             for (size_t i = 0; i + 8 <= part.size(); i += 8) {
@@ -94,33 +96,147 @@ ggml_context_ptr tensors_only(size_t n_tensors) {
     return ggml_context_ptr(ggml_init({ n_tensors * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }));
 }
 
-// A matrix-vector product reads a device's memory as generating a token does.
-double product_bandwidth(ggml_backend_t backend, size_t n_bytes, double seconds) {
-    constexpr int64_t n_per_row = 4096;
-    const int64_t n_rows = n_bytes / ggml_row_size(GGML_TYPE_Q8_0, n_per_row);
-    const ggml_context_ptr ctx = tensors_only(8);
-    ggml_tensor * weights = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_Q8_0, n_per_row, n_rows);
-    ggml_tensor * vector  = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_F32, n_per_row);
+// What is computed with weights of one kind: the experts of a mixture, or a single matrix; a prompt, or one token.
+struct work {
+    static constexpr ggml_type type         = GGML_TYPE_Q4_K;
+    static constexpr int64_t   n_per_row    = 4096;
+    static constexpr int64_t   n_per_expert = 64; // tokens of a prompt
+    static constexpr int64_t   step         = 32; // rows come in multiples of it: some kernels take several at a time
+
+    bool    routed;
+    bool    prompt;
+    int64_t n_rows; // of each expert
+
+    work(bool routed, bool prompt, double n_bytes) : routed(routed), prompt(prompt) {
+        n_rows = std::max<int64_t>(n_bytes / n_expert() / ggml_row_size(type, n_per_row) / step, 1) * step;
+    }
+
+    int64_t n_expert() const { return routed ? 64 : 1; }
+    int64_t n_used()   const { return routed ? 8 : 1; }
+    // So many single tokens come that all experts are read once.
+    int64_t n_tokens() const { return prompt ? n_per_expert * n_expert() / n_used() : 1; }
+    int64_t n_turns()  const { return prompt ? 1 : n_expert() / n_used(); }
+
+    double n_bytes() const { return double(n_expert() * n_rows) * ggml_row_size(type, n_per_row); }
+    // what its rate is in: operations of a prompt, bytes read of one token
+    double amount()  const { return prompt ? 2.0 * n_per_expert * n_expert() * n_rows * n_per_row : n_bytes(); }
+};
+
+// How much of it is done per second with weights in memory of `buft`; 0 where there is no kernel or no memory for it.
+double rate(const work & todo, ggml_backend_t backend, ggml_backend_buffer_type_t buft, double seconds) {
+    const ggml_context_ptr ctx = tensors_only(32);
+    ggml_tensor * weights = ggml_new_tensor_3d(ctx.get(), work::type, work::n_per_row, todo.n_rows, todo.n_expert());
+    ggml_tensor * input   = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, work::n_per_row, 1, todo.n_tokens());
+    const int64_t n_all   = todo.n_tokens() * todo.n_turns();
+    ggml_tensor * ids     = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, todo.n_used(), n_all);
     ggml_cgraph * graph   = ggml_new_graph(ctx.get());
-    ggml_build_forward_expand(graph, ggml_mul_mat(ctx.get(), weights, vector));
+    for (int64_t i = 0; i < todo.n_turns(); i++) {
+        ggml_tensor * chosen = ggml_view_2d(ctx.get(), ids, todo.n_used(), todo.n_tokens(), ids->nb[1],
+                                            i * todo.n_tokens() * ids->nb[1]);
+        ggml_build_forward_expand(graph, todo.routed
+            ? ggml_mul_mat_id(ctx.get(), weights, input, chosen)
+            : ggml_mul_mat(ctx.get(), weights, ggml_reshape_2d(ctx.get(), input, work::n_per_row, todo.n_tokens())));
+    }
+    const ggml_backend_buffer_ptr stored(
+        ggml_backend_buft_alloc_buffer(buft, ggml_backend_buft_get_alloc_size(buft, weights)));
+    if (!stored) {
+        return 0;
+    }
+    ggml_backend_tensor_alloc(stored.get(), weights, ggml_backend_buffer_get_base(stored.get()));
+    if (!ggml_backend_supports_op(backend, ggml_graph_node(graph, -1))) {
+        return 0;
+    }
+    const ggml_backend_buffer_ptr others(ggml_backend_alloc_ctx_tensors(ctx.get(), backend));
+    if (!others) {
+        return 0;
+    }
+    // Pages of zeros would be one page of memory; as 16-bit floats these bytes are small numbers, wherever they stand.
+    ggml_backend_buffer_clear(stored.get(), 0x11);
+    const std::vector<float> ones(ggml_nelements(input), 1.0f);
+    ggml_backend_tensor_set(input, ones.data(), 0, ggml_nbytes(input));
+    std::vector<int32_t> turns(ggml_nelements(ids));
+    for (size_t i = 0; i < turns.size(); i++) {
+        turns[i] = i % todo.n_expert();
+    }
+    ggml_backend_tensor_set(ids, turns.data(), 0, ggml_nbytes(ids));
+    return todo.amount() / fastest(seconds, [&] { ggml_backend_graph_compute(backend, graph); });
+}
+
+// On a device, which may be as slow as software: after a little work one of up to `n_bytes` that takes a part of the
+// time.
+double device_rate(bool routed, bool prompt, ggml_backend_t backend, size_t n_bytes, double seconds) {
+    ggml_backend_buffer_type_t buft = ggml_backend_get_default_buffer_type(backend);
+    const work   little(routed, prompt, 0);
+    const double first = rate(little, backend, buft, seconds / 8);
+    const double fits  = little.n_bytes() / little.amount() * first * seconds / 8;
+    const work   more(routed, prompt, std::min<double>(n_bytes, fits));
+    return more.n_rows > little.n_rows ? rate(more, backend, buft, seconds) : first;
+}
+
+common_json pace(double read, double ops) {
+    return read > 0 && ops > 0 ? common_json { { "read", read }, { "ops", ops } } : common_json();
+}
+
+// Of experts, where there is a kernel for them, else of single matrices.
+common_json device_pace(ggml_backend_t backend, size_t n_bytes, double seconds) {
+    common_json found;
+    for (const bool routed : { true, false }) {
+        if (found.is_null()) {
+            found = pace(device_rate(routed, false, backend, n_bytes, seconds),
+                         device_rate(routed, true,  backend, n_bytes, seconds));
+        }
+    }
+    return found;
+}
+
+// Operations per second of so many tokens' attention to n_kv others, with the heads of Hunyuan-A13B and a cache in F16.
+double attention_rate(ggml_backend_t backend, int64_t n_tokens, int64_t n_kv, double seconds) {
+    constexpr int64_t n_head = 32, n_head_kv = 8, head_dim = 128;
+    const ggml_context_ptr ctx = tensors_only(8);
+    ggml_tensor * q = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, head_dim, n_tokens, n_head);
+    const auto cached = [&] { // a token's heads lie side by side
+        ggml_tensor * rows = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F16, head_dim, n_head_kv, n_kv);
+        return ggml_permute(ctx.get(), rows, 0, 2, 1, 3);
+    };
+    ggml_cgraph * graph = ggml_new_graph(ctx.get());
+    ggml_build_forward_expand(graph, ggml_flash_attn_ext(ctx.get(), q, cached(), cached(), nullptr, 1.0f, 0.0f, 0.0f));
     const ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors(ctx.get(), backend));
     if (!buffer) {
         return 0;
     }
-    ggml_backend_buffer_clear(buffer.get(), 0);
-    return fastest(ggml_nbytes(weights), seconds, [&] { ggml_backend_graph_compute(backend, graph); });
+    ggml_backend_buffer_clear(buffer.get(), 0x11);
+    const double n_ops = 4.0 * n_head * head_dim * n_tokens * n_kv;
+    return n_ops / fastest(seconds, [&] { ggml_backend_graph_compute(backend, graph); });
 }
 
-// Larger and larger products, up to one of `n_bytes`, which no cache holds, or as a slow device manages in the time.
-double device_bandwidth(ggml_backend_t backend, size_t n_bytes, double seconds) {
-    double rate = 0;
-    for (size_t size = 4 << 20; size <= n_bytes; size *= 4) {
-        rate = product_bandwidth(backend, size, seconds / 4);
-        if (4 * size > rate * seconds) {
-            break;
-        }
+// With experts as they are stored, and repacked where the processor has a layout for them.
+common_json host_paces(size_t n_bytes, double seconds, int n_threads) {
+    // of fewer rows, turning the activations into blocks would take a large part of the time
+    constexpr size_t n_bytes_prompt = 64 << 20;
+    ggml_backend_dev_t dev = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(dev);
+    const ggml_backend_ptr backend(ggml_backend_dev_init(dev, nullptr));
+    const auto set_n_threads = (ggml_backend_set_n_threads_t)
+        ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads");
+    const auto get_extra_bufts = (ggml_backend_dev_get_extra_bufts_t)
+        ggml_backend_reg_get_proc_address(reg, "ggml_backend_dev_get_extra_bufts");
+    set_n_threads(backend.get(), n_threads);
+    const auto measured = [&](ggml_backend_buffer_type_t buft) {
+        return pace(rate(work(true, false, n_bytes), backend.get(), buft, seconds),
+                    rate(work(true, true, n_bytes_prompt), backend.get(), buft, seconds));
+    };
+    common_json stored = measured(ggml_backend_dev_buffer_type(dev));
+    common_json repacked;
+    // the engine takes the first that has a kernel
+    for (auto * buft = get_extra_bufts(dev); buft && *buft && repacked.is_null(); buft++) {
+        repacked = measured(*buft);
     }
-    return rate;
+    return common_json {
+        { "stored",           stored },
+        { "repacked",         repacked },
+        { "attention_token",  attention_rate(backend.get(), 1, 16384, seconds) },
+        { "attention_prompt", attention_rate(backend.get(), 256, 512, seconds) },
+    };
 }
 
 // What the host can send: from memory of `host`, the type that a device reads without a detour, or from any (nullptr).
@@ -136,7 +252,7 @@ double link_bandwidth(ggml_backend_t backend, ggml_backend_buffer_type_t host, s
     void * source = host ? ggml_backend_buffer_get_base(staged.get()) : plain.data();
     memset(source, 1, n_bytes);
     uint8_t run = 0;
-    return fastest(n_bytes, seconds, [&] {
+    return n_bytes / fastest(seconds, [&] {
         *static_cast<uint8_t *>(source) = ++run; // a worker on the network may know by its hash what it was sent before
         ggml_backend_tensor_set(target, source, 0, n_bytes);
         uint8_t back = 0; // its way is short, and it waits for what went before
@@ -180,7 +296,7 @@ void add_speeds(common_json & found, ggml_backend_dev_t dev, double seconds) {
     };
     ggml_backend_buffer_type_t host = ggml_backend_dev_host_buffer_type(dev);
     if (!is_rpc(dev)) { // a product there is a message and its answer, whatever the memory
-        set("bandwidth", device_bandwidth(backend.get(), size, seconds));
+        found["pace"] = device_pace(backend.get(), size, seconds);
     }
     const double pageable = link_bandwidth(backend.get(), nullptr, size, seconds);
     set("link",          host ? link_bandwidth(backend.get(), host, size, seconds) : pageable);
@@ -300,8 +416,9 @@ int run(int argc, char ** argv) {
         const double seconds = speeds ? atof(argv[3]) : 0;
         found["devices"] = devices(seconds);
         if (speeds) {
-            // what everything in RAM is predicted from
-            found["bandwidth"] = ram_bandwidth(strtoull(argv[2], nullptr, 10), 3 * seconds, params.cpuparams.n_threads);
+            const size_t n_bytes = strtoull(argv[2], nullptr, 10);
+            found["bandwidth"] = ram_bandwidth(n_bytes, seconds, params.cpuparams.n_threads);
+            found["host"]      = host_paces(n_bytes, seconds, params.cpuparams.n_threads);
         }
     }
     common_log_flush(common_log_main());
