@@ -175,7 +175,7 @@ def as_card(here: Machine) -> Machine:
     from hymoe.runtime.machine import PAPER_LINK, PAPER_VRAM_BANDWIDTH
 
     link, rate = PAPER_LINK, PAPER_VRAM_BANDWIDTH
-    fast = (replace(device, bandwidth=rate, link=link, link_pageable=link) for device in here.devices)
+    fast = (replace(device, bandwidth=rate, link=link, link_pageable=link, pace=None) for device in here.devices)
     return replace(here, devices=tuple(fast))
 
 
@@ -191,11 +191,11 @@ def about(plan: Plan, options: argparse.Namespace, shape: Shape, gguf: Path) -> 
 
 
 def bandwidths(plan: Plan) -> dict[str, float]:
-    """Give the bytes/s of each memory of a plan."""
+    """Give the bytes/s of each memory of a plan: the RAM's as measured, a card's by its maker where that is known."""
     from hymoe.runtime.planned import RAM
-    from hymoe.runtime.roofline import bandwidth_of
 
-    return {device.name: bandwidth_of(device, plan.machine) for device in plan.devices} | {RAM: plan.machine.bandwidth}
+    known = {device.name: device.bandwidth for device in plan.devices} | {RAM: plan.machine.bandwidth}
+    return {name: known[name] or rate for name, rate in plan.speeds.rates.items()}
 
 
 def read(plan: Plan) -> Iterator[str]:

@@ -159,7 +159,11 @@ double rate(const work & todo, ggml_backend_t backend, ggml_backend_buffer_type_
         turns[i] = i % todo.n_expert();
     }
     ggml_backend_tensor_set(ids, turns.data(), 0, ggml_nbytes(ids));
-    return todo.amount() / fastest(seconds, [&] { ggml_backend_graph_compute(backend, graph); });
+    return todo.amount() / fastest(seconds, [&] {
+        ggml_backend_graph_compute(backend, graph);
+        uint8_t back = 0; // a worker on the network answers only when it is asked for something
+        ggml_backend_tensor_get(ggml_graph_node(graph, -1), &back, 0, sizeof(back));
+    });
 }
 
 // On a device, which may be as slow as software: after a little work one of up to `n_bytes` that takes a part of the
@@ -283,9 +287,9 @@ void add_speeds(common_json & found, ggml_backend_dev_t dev, double seconds) {
     if (!backend) {
         return;
     }
-    // larger than any cache; a network gets what it can carry
     const size_t room = found.at("free").get<size_t>() / 4;
-    const size_t size = std::min<size_t>(is_rpc(dev) ? 8 << 20 : 256 << 20, room) & ~size_t(0xFFFF);
+    const size_t size = std::min<size_t>(256 << 20, room) & ~size_t(0xFFFF); // larger than any cache
+    const size_t sent = is_rpc(dev) ? std::min<size_t>(8 << 20, size) : size; // what a network can carry
     if (size == 0) {
         return;
     }
@@ -295,11 +299,9 @@ void add_speeds(common_json & found, ggml_backend_dev_t dev, double seconds) {
         }
     };
     ggml_backend_buffer_type_t host = ggml_backend_dev_host_buffer_type(dev);
-    if (!is_rpc(dev)) { // a product there is a message and its answer, whatever the memory
-        found["pace"] = device_pace(backend.get(), size, seconds);
-    }
-    const double pageable = link_bandwidth(backend.get(), nullptr, size, seconds);
-    set("link",          host ? link_bandwidth(backend.get(), host, size, seconds) : pageable);
+    found["pace"] = device_pace(backend.get(), size, seconds);
+    const double pageable = link_bandwidth(backend.get(), nullptr, sent, seconds);
+    set("link",          host ? link_bandwidth(backend.get(), host, sent, seconds) : pageable);
     set("link_pageable", pageable);
 }
 
