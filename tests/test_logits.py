@@ -18,6 +18,9 @@ pytestmark = pytest.mark.engine
 
 N_TOKENS = 200
 IDS = [int(token) for token in np.random.default_rng(1).integers(0, 2000, N_TOKENS)]
+# From 257 tokens on the engine sees a cache of 512 and attends in its own way.
+N_BEFORE = 257
+MANY_IDS = [int(token) for token in np.random.default_rng(2).integers(0, 2000, 600)]
 SMALL: dict[str, Any] = {"n_layer": 2, "n_embd": 128, "head_dim": 32, "n_ff": 96, "n_expert": 8, "dtype": "F32"}
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -32,10 +35,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "shards": {"max_shard_bytes": 1 << 20},
 }
 
+ATTENDING: dict[str, dict[str, Any]] = {
+    "two heads share": {},
+    "eight heads share": {"n_head": 8, "n_head_kv": 1},
+    "none shares": {"n_head_kv": 4},
+    "heads of 80": {"head_dim": 80},
+    "heads of 128": {"head_dim": 128},
+}
+
 # F32 weights and F32 KV: what is left is the rounding of float32 sums, 1e-12 here.
 F32_BOUND = 1e-9
 # Flash attention rounds K and V to F16: 1e-6 here.
 FLASH_BOUND = 1e-5
+# A cache of F16 and everything else in F32: 2e-7 here; with sums of values in F16, as stock's, 6e-6 to 1e-4.
+CACHE_BOUND = 1e-6
 # BF16 products round every activation to 8 bits too: 1.0e-4 to 1.2e-4 over six seeds where all experts answer. (Where
 # some are chosen, a close choice that turns over costs up to 5e-3, which says nothing about the arithmetic.)
 BF16_BOUND = 1e-3
@@ -66,6 +79,16 @@ def test_flash_attention(plain: tuple[Path, Array]) -> None:
     gguf, wanted = plain
     (got,) = evaluate(gguf, [IDS], flash_attn=True)
     assert reference.kl(wanted, got) <= FLASH_BOUND
+
+
+@pytest.mark.parametrize("changes", ATTENDING.values(), ids=ATTENDING.keys())
+def test_one_token_attends_to_many(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """With one to three threads, each with a part of the cache, the last of which is empty at first."""
+    checkpoint, gguf = converted(tmp_path, n_expert=4, n_expert_used=4, **changes)  # no close choice that turns over
+    wanted = reference.logits(checkpoint, MANY_IDS)[N_BEFORE:]
+    for n_threads in (1, 2, 3):
+        (got,) = evaluate(gguf, [MANY_IDS], flash_attn=True, kv="f16", n_prompt=N_BEFORE, n_threads=n_threads)
+        assert reference.kl(wanted, got[N_BEFORE:]) <= CACHE_BOUND
 
 
 def test_prompt_in_pieces(plain: tuple[Path, Array]) -> None:
