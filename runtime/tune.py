@@ -30,8 +30,10 @@ N_ANSWER: Final = 24
 N_DEPTH: Final = 1024
 # Every speed is the better of so many runs: other work on the machine only ever makes one slower.
 N_RUN: Final = 2
-# What takes more memory (a larger ubatch, the scores without flash attention) has to be worth it, and no chance.
+# What takes more memory has to be worth it, and no chance: a larger ubatch, and the scores without flash attention,
+# which grow with the context while two runs of one setting differ by a tenth.
 WORTH: Final = 1.05
+WORTH_SCORES: Final = 1.15
 # A prompt and its answer, in tokens: the settings are those that take the least time for both.
 USE: Final = (4096, 500)
 
@@ -126,10 +128,12 @@ def _search(bench: Bench, about: layout.Layout, machine: Machine) -> Tuned:
     rows = bench({**fixed, "n-prompt": UBATCHES[-1:], "n-gen": (0,), "ubatch-size": UBATCHES})
     worthy = [row for row in rows if WORTH * _speed(row) >= _speed(_fastest(rows))]
     prompts[repack] = min(worthy, key=lambda row: row["n_ubatch"])
-    rows = bench({**fixed, **both, "n-depth": (N_DEPTH,), "flash-attn": (0, 1)})
+    ubatch = (prompts[repack]["n_ubatch"],)
+    deep = {"n-prompt": ubatch, "n-gen": (N_ANSWER,), "n-depth": (N_DEPTH,), "ubatch-size": ubatch}
+    rows = bench({**fixed, **deep, "flash-attn": (0, 1)})
     without, with_flash = (_seconds([row for row in rows if row["flash_attn"] == choice]) for choice in (0, 1))
     paces = [_pace(about, prompts[choice], answers[choice]) for choice in (0, 1)]
-    return Tuned(bool(repack), few, many, prompts[repack]["n_ubatch"], with_flash <= WORTH * without, *paces)
+    return Tuned(bool(repack), few, many, *ubatch, with_flash <= WORTH_SCORES * without, *paces)
 
 
 def _pace(about: layout.Layout, prompt: Row, answer: Row) -> Pace:
