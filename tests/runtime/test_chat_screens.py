@@ -48,6 +48,13 @@ CHINESE = (
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the conversation runs: a model with a short name, a file to send."""
     folder = tmp_path_factory.mktemp("chat")
+    write_talking(folder / "m.gguf")
+    (folder / "notes.txt").write_text("Buy milk. 买牛奶。\n" * 5, encoding="utf-8")
+    return folder
+
+
+def write_talking(model: Path, n_ctx: int = 4096, *, slow: bool = False) -> None:
+    """Write the model that says what these tests read; slow: not by the thousand tokens a second."""
     first = cut(GREETING)
     second = cut(CHINESE, taken=frozenset(first))
     third = cut("<think>\nShort, but is it?\n</think>\n<answer>\nIt", taken=frozenset([*first, *second]))
@@ -58,9 +65,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Script(second, when="天气"),
         Script([*third, " is", " so", " far.", "\n</answer>"], when="doubt", doubts={" is": " was", " so": " thus"}),
     ]
-    write_scripted(folder / "m.gguf", scripts, template=fallback())
-    (folder / "notes.txt").write_text("Buy milk. 买牛奶。\n" * 5, encoding="utf-8")
-    return folder
+    write_scripted(model, scripts, template=fallback(), trained=n_ctx, full_vocabulary=slow)
 
 
 @pytest.fixture(params=SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
@@ -146,10 +151,11 @@ def test_ctrl_c_and_what_is_typed_meanwhile(folder: Path, size: tuple[int, int],
         terminal.expect("1 Something endless")
 
 
-def test_another_width_in_mid_answer(folder: Path, llama_server: Path) -> None:
+def test_another_width_in_mid_answer(tmp_path: Path, llama_server: Path) -> None:
     """What comes after fits the new width: no row is cut, no word is lost or shown twice."""
-    with chat(folder, (80, 24)) as terminal:
-        terminal.expect("context 0/4096")
+    write_talking(tmp_path / "m.gguf", n_ctx=32768, slow=True)  # it talks until the new width is seen
+    with chat(tmp_path, (80, 24)) as terminal:
+        terminal.expect("context 0/32768")
         terminal.type("Something endless", "Enter")
         terminal.expect_soon("la li lu")
         terminal.resize(47, 20)

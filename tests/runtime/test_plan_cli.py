@@ -308,7 +308,7 @@ def test_an_end_leaves_no_file(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "from hymoe.runtime.plan_cli import main; raise SystemExit(main())"]
     environment = {**os.environ, "TMPDIR": str(files)}
     with child([*command, str(tmp_path / "large")], env=environment) as planning:
-        while not any(files.iterdir()):
+        while not any(files.glob("*/*")):
             assert planning.poll() is None
             time.sleep(0.01)
         planning.terminate()
