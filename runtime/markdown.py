@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hymoe.runtime.inline import inline
-from hymoe.runtime.wrap import Ink, harmless, wrap
+from hymoe.runtime.wrap import Ink, harmless, rows_and_ends
 
 _FENCE = re.compile(r"( {0,12})(`{3,}|~{3,})[ \t]*([^`\s]*)[^`]*")
 _HEADING = re.compile(r" {0,3}(#{1,6})[ \t]+(.*?)[ \t]*#*")
@@ -45,20 +45,18 @@ class MarkdownStream:
     """Feed text, get finished rows (each ends with a newline); `live` gives the unfinished ones."""
 
     def __init__(self, ink: Ink, width: int) -> None:
-        self.width = self._wanted = width
+        self.width = width
         self._ink = ink
         self._line = ""  # without its newline as yet
-        self._n_done = 0  # rows of it that are finished
+        self._done = 0  # characters of it, as it is laid out, whose rows are finished
         self._table: list[str] = []
         self._code: _Code | None = None
         self._blank = False  # a blank line is owed before the next text
         self._begun = False
 
     def resize(self, width: int) -> None:
-        """Lay out for another width from the next line on, or at once where none of this line is finished."""
-        self._wanted = width
-        if not self._n_done:
-            self.width = width
+        """Lay out for another width from here on; what is finished stays."""
+        self.width = width
 
     def feed(self, text: str) -> str:
         """Take more text; give the rows that it finishes."""
@@ -66,8 +64,7 @@ class MarkdownStream:
         out = []
         for line in lines:
             out.append(self._finish_line(line))
-            self._n_done = 0
-            self.width = self._wanted
+            self._done = 0
         self._line = rest
         return "".join(out)
 
@@ -75,7 +72,7 @@ class MarkdownStream:
         """Finish what is left."""
         line, self._line = self._line, ""
         out = self._finish_line(line) if line else ""
-        self._n_done = 0
+        self._done = 0
         return out + self._end_table()
 
     def live(self, max_rows: int) -> tuple[str, list[str]]:
@@ -85,12 +82,13 @@ class MarkdownStream:
         done = self._end_table()
         if not self._line:
             return done, []
-        rows = self._rows(self._line, open_ended=True)[self._n_done :]
-        before = "\n" if self._owes_blank() and not self._n_done else ""
+        laid_out = self._rows(self._line, open_ended=True)
+        rows = [row for row, _ in laid_out]
+        before = "\n" if self._owes_blank() and not self._done else ""
         if len(rows) > max_rows:
             n = len(rows) - max_rows // 2
             done += before + "".join(f"{row}\n" for row in rows[:n])
-            self._n_done += n
+            self._done = laid_out[n - 1][1]
             self._blank, self._begun = False, True
             return done, rows[n:]
         return done, ["", *rows] if before else rows
@@ -117,12 +115,12 @@ class MarkdownStream:
             self._blank = True
             return out
         # What is on the screen was laid out as an open-ended line: the rest must follow it.
-        rows = self._rows(line, open_ended=self._n_done > 0)[self._n_done :]
-        if self._owes_blank() and not self._n_done:
+        rows = self._rows(line, open_ended=self._done > 0)
+        if self._owes_blank() and not self._done:
             out += "\n"
         self._advance(line)
         self._blank, self._begun = False, True
-        return out + "".join(f"{row}\n" for row in rows)
+        return out + "".join(f"{row}\n" for row, _ in rows)
 
     def _owes_blank(self) -> bool:
         return self._blank and self._begun
@@ -142,8 +140,8 @@ class MarkdownStream:
         else:
             code.lines.append(line)
 
-    def _rows(self, line: str, *, open_ended: bool) -> list[str]:
-        """Lay out one line."""
+    def _rows(self, line: str, *, open_ended: bool) -> list[tuple[str, int]]:
+        """Lay out what of one line is not finished: rows, and where each ends."""
         code = self._code
         if code is not None:
             if (found := _FENCE.fullmatch(line)) and not found[3] and found[2].startswith(code.fence):
@@ -156,10 +154,10 @@ class MarkdownStream:
             heading.stylize("bold" if len(found[1]) > 1 else "bold underline")
             return self._wrapped(heading, "", "")
         if _RULE.fullmatch(line) and not open_ended:
-            return [self._ink.write(Text("─" * min(self.width - 1, 40), "dim"))]
+            return self._wrapped(Text("─" * min(self.width - 1, 40), "dim"), "", "")
         return self._text_rows(line, open_ended=open_ended)
 
-    def _text_rows(self, line: str, *, open_ended: bool) -> list[str]:
+    def _text_rows(self, line: str, *, open_ended: bool) -> list[tuple[str, int]]:
         if found := _ITEM.fullmatch(line):
             bullet = "•" if found[2] in "-*+" else found[2]
             indent = f"{found[1].expandtabs(4)}{bullet} "
@@ -173,7 +171,7 @@ class MarkdownStream:
         indent = line[: len(line) - len(text)].expandtabs(4)
         return self._wrapped(self._inline(text.rstrip(), open_ended=open_ended), indent, indent)
 
-    def _code_rows(self, code: _Code, line: str) -> list[str]:
+    def _code_rows(self, code: _Code, line: str) -> list[tuple[str, int]]:
         """Lay out a line of code, coloured in the light of the lines before it."""
         before = [*code.lines[-_LEXED_LINES:], line]
         text = Text(line)
@@ -193,9 +191,10 @@ class MarkdownStream:
         plain = self._ink.no_colour or self._ink.colours is None
         return inline(source, open_ended=open_ended, keep_code_marks=plain)
 
-    def _wrapped(self, text: Text, indent: str, hanging: str) -> list[str]:
+    def _wrapped(self, text: Text, indent: str, hanging: str) -> list[tuple[str, int]]:
         # The last column stays free: some terminals wrap as soon as it is written.
-        return [self._ink.write(row) for row in wrap(text, self.width - 1, indent=indent, hanging=hanging)]
+        rows = rows_and_ends(text, self.width - 1, indent=indent, hanging=hanging, begin=self._done)
+        return [(self._ink.write(row), end) for row, end in rows]
 
     def _end_table(self) -> str:
         """Give the rows of the table that has ended, with the blank line before it."""
@@ -209,7 +208,7 @@ class MarkdownStream:
 
     def _table_rows(self, lines: list[str]) -> list[str]:
         if len(lines) < 2 or not _TABLE_RULE.fullmatch(lines[1]):
-            return [row for line in lines for row in self._text_rows(line, open_ended=False)]
+            return [row for line in lines for row, _ in self._text_rows(line, open_ended=False)]
         table = Table(show_edge=False, pad_edge=False, box=SIMPLE_HEAD)
         head, rule, *rows = (_cells(line) for line in lines if line.strip())
         for i, cell in enumerate(head):

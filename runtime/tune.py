@@ -23,6 +23,7 @@ from hymoe.runtime.header import parts
 from hymoe.runtime.machine import Machine
 from hymoe.runtime.sample import layers, n_bytes, sample
 
+METHOD: Final = 2  # of tuning; another number and what was found before is no more asked for
 UBATCHES: Final = (512, 1024, 2048)
 N_PROMPT: Final = 512
 N_ANSWER: Final = 24
@@ -111,7 +112,7 @@ def candidates(machine: Machine) -> tuple[int, ...]:
 def _key(about: layout.Layout, machine: Machine) -> object:
     """A kind of model: the types and shapes of its tensors, whatever their number."""
     kinds = sorted({(tensor.name.split(".", 2)[-1], tensor.shape, tensor.type) for tensor in about.tensors})
-    return {"cpu": bandwidth.cpu_name(), "threads": candidates(machine), "kinds": kinds}
+    return {"method": METHOD, "cpu": bandwidth.cpu_name(), "threads": candidates(machine), "kinds": kinds}
 
 
 def _search(bench: Bench, about: layout.Layout, machine: Machine) -> Tuned:

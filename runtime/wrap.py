@@ -34,14 +34,24 @@ def wrap(text: Text, width: int, *, indent: str = "", hanging: str = "") -> list
     Rows break after a space, and before and after a wide character where punctuation allows; a longer word is cut.
     More text at the end never changes the rows before the last two.
     """
+    return [row for row, _ in rows_and_ends(text, width, indent=indent, hanging=hanging)]
+
+
+def rows_and_ends(
+    text: Text, width: int, *, indent: str = "", hanging: str = "", begin: int = 0
+) -> list[tuple[Text, int]]:
+    """Break one line as `wrap` does, from character `begin` on, and give for each row also where in the text it ends.
+
+    Positions count in the text with its tabs expanded. Where `begin` is not 0 the first row is one of the others.
+    """
     text = text.copy()
     text.expand_tabs(_TAB)
-    rooms = [max(width - cell_len(before), 2) for before in (indent, hanging)]
-    parts = text.divide(_breaks(text.plain, *rooms))
+    rest, first = text[begin:], hanging if begin else indent
+    breaks = _breaks(rest.plain, *(max(width - cell_len(before), 2) for before in (first, hanging)))
     rows = []
-    for i, part in enumerate(parts):
+    for i, (part, end) in enumerate(zip(rest.divide(breaks), [*breaks, len(rest)], strict=True)):
         part.rstrip()
-        rows.append(Text.assemble(hanging if i else indent, part))
+        rows.append((Text.assemble(hanging if i else first, part), begin + end))
     return rows
 
 
