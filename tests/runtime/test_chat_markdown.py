@@ -88,13 +88,33 @@ def letters(text: str) -> str:
 WORDS = ["word", "**bold", "bold**", "`code", "code`", "*it", "it*", "中文，", "长长长长长长", "\n", "\n\n", "- ", "# "]
 
 
+def words(random_: random.Random) -> str:
+    return " ".join(f"{random_.choice(WORDS)}{n}" for n in range(random_.randrange(5, 300)))
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_nothing_is_lost_and_nothing_twice(seed: int) -> None:
     """Lines longer than the live rows are finished bit by bit; what is on the screen in the end is all there is."""
-    random_ = random.Random(seed)
-    text = " ".join(f"{random_.choice(WORDS)}{n}" for n in range(random_.randrange(5, 300)))
+    text = words(random.Random(seed))
     printed = streamed(text, 0, width=30, rows=4)
     assert letters(printed) == letters(text)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_another_width_at_any_time(seed: int) -> None:
+    """Also within a line whose first rows are finished: what comes after fits, nothing is lost and nothing twice."""
+    random_ = random.Random(seed)
+    text = words(random_)
+    stream = MarkdownStream(PLAIN, 30)
+    printed = ""
+    for at in range(0, len(text), 5):
+        width = random_.choice((24, 30, 47))
+        stream.resize(width)
+        fed = stream.feed(text[at : at + 5])
+        done, live = stream.live(4)
+        assert all(cell_len(row) < width for row in [*f"{fed}{done}".splitlines(), *live])
+        printed += fed + done
+    assert letters(printed + stream.finish()) == letters(text)
 
 
 def test_a_table_longer_than_the_screen_goes_on_under_its_head() -> None:

@@ -53,8 +53,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write_talking(model: Path, n_ctx: int = 4096, *, slow: bool = False) -> None:
-    """Write the model that says what these tests read; slow: not by the thousand tokens a second."""
+def write_talking(model: Path, n_ctx: int = 4096) -> None:
+    """Write the model that says what these tests read, with a context of so many tokens."""
     first = cut(GREETING)
     second = cut(CHINESE, taken=frozenset(first))
     third = cut("<think>\nShort, but is it?\n</think>\n<answer>\nIt", taken=frozenset([*first, *second]))
@@ -65,7 +65,7 @@ def write_talking(model: Path, n_ctx: int = 4096, *, slow: bool = False) -> None
         Script(second, when="天气"),
         Script([*third, " is", " so", " far.", "\n</answer>"], when="doubt", doubts={" is": " was", " so": " thus"}),
     ]
-    write_scripted(model, scripts, template=fallback(), trained=n_ctx, full_vocabulary=slow)
+    write_scripted(model, scripts, template=fallback(), trained=n_ctx)
 
 
 @pytest.fixture(params=SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
@@ -153,7 +153,7 @@ def test_ctrl_c_and_what_is_typed_meanwhile(folder: Path, size: tuple[int, int],
 
 def test_another_width_in_mid_answer(tmp_path: Path, llama_server: Path) -> None:
     """What comes after fits the new width: no row is cut, no word is lost or shown twice."""
-    write_talking(tmp_path / "m.gguf", n_ctx=32768, slow=True)  # it talks until the new width is seen
+    write_talking(tmp_path / "m.gguf", n_ctx=32768)  # it talks until the new width is seen
     with chat(tmp_path, (80, 24)) as terminal:
         terminal.expect("context 0/32768")
         terminal.type("Something endless", "Enter")
