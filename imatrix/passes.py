@@ -10,14 +10,17 @@ import fcntl
 import json
 import os
 import re
+import select
 import signal
 import subprocess
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Final, TextIO
 
 from hymoe import console
@@ -30,6 +33,8 @@ TOOL: Final = "llama-imatrix"
 TAIL_LINES: Final = 200
 # So that the tool itself never saves in the middle of a chunk.
 NEVER: Final = str(2**31 - 1)
+# How soon who presses Ctrl-C in a long chunk sees that it was heard.
+LOOKS_S: Final = 0.2
 
 _PLAN = re.compile(r"hymoe-imatrix: (\d+) tokens, (\d+) chunks")
 _DONE = re.compile(r"hymoe-imatrix: done (\d+)")
@@ -95,9 +100,8 @@ def run(todo: Pass, *, restart: bool) -> Iterator[Imatrix]:
 def _note(state: TextIO, todo: Pass, n_total: int) -> None:
     """Write down what the pass was begun as; in place, since the lock is on this very file."""
     state.seek(0)
+    state.write(json.dumps({"identity": dict(todo.identity), "chunks": n_total}))
     state.truncate()
-    json.dump({"identity": dict(todo.identity), "chunks": n_total}, state)
-    state.flush()
 
 
 def _resumed(todo: Pass, text: str, *, restart: bool) -> int | None:
@@ -144,7 +148,7 @@ class _Tool:
         self.n_total = 0
         self.n_done = n_before
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
-        self.stopping = False
+        self.stopping = self.told = False
 
     def run(self) -> None:
         text = self.todo.part.with_name(self.todo.part.name + ".txt")
@@ -175,14 +179,17 @@ class _Tool:
 
     def _run(self, command: list[str]) -> None:
         # A session of its own: Ctrl-C in the terminal reaches us alone. Should we be killed, the next line ends it.
-        with subprocess.Popen(
-            command,
-            env=environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        ) as process:
+        with (
+            subprocess.Popen(
+                command,
+                env=environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            ) as process,
+            self._asked_to_stop(process),
+        ):
             try:
                 self._follow(process)
             except BaseException:
@@ -194,6 +201,25 @@ class _Tool:
             raise KeyboardInterrupt
         if process.returncode:
             raise self._failure(process.returncode)
+
+    @contextmanager
+    def _asked_to_stop(self, process: subprocess.Popen[bytes]) -> Iterator[None]:
+        """The first Ctrl-C asks the tool to stop after its chunk, and interrupts nothing here."""
+        usual = signal.getsignal(signal.SIGINT)
+        if usual is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def asked(_number: int, _frame: FrameType | None) -> None:
+            signal.signal(signal.SIGINT, usual)
+            self.stopping = True
+            process.terminate()
+
+        signal.signal(signal.SIGINT, asked)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, usual)
 
     def _follow(self, process: subprocess.Popen[bytes]) -> None:
         with ExitStack() as shown:
@@ -210,24 +236,28 @@ class _Tool:
                     tick((self.n_done - before) * self.todo.n_ctx)
 
     def _lines(self, process: subprocess.Popen[bytes]) -> Iterator[str]:
-        """Give what the tool says until it ends; the first Ctrl-C asks it to stop after its chunk."""
+        """Give what the tool says until it ends."""
+        rest = b""
+        while raw := self._read(process):
+            *lines, rest = (rest + raw).split(b"\n")
+            yield from map(self._said, lines)
+        if rest:
+            yield self._said(rest)
+
+    def _said(self, raw: bytes) -> str:
+        line = raw.decode("utf-8", "replace").rstrip()
+        self.tail.append(line)
+        console.detail(line)
+        return line
+
+    def _read(self, process: subprocess.Popen[bytes]) -> bytes:
+        """Wait for more; who asks it to stop sees at once that it will."""
         assert process.stdout
-        while True:
-            try:
-                raw = process.stdout.readline()
-            except KeyboardInterrupt:
-                if self.stopping:
-                    raise
-                self.stopping = True
-                process.terminate()
+        while not select.select([process.stdout], [], [], LOOKS_S)[0]:
+            if self.stopping and not self.told:
                 console.status("stopping after this chunk; Ctrl-C again stops at once")
-                continue
-            if not raw:
-                return
-            line = raw.decode("utf-8", "replace").rstrip()
-            self.tail.append(line)
-            console.detail(line)
-            yield line
+                self.told = True
+        return os.read(process.stdout.fileno(), 1 << 16)
 
     def _failure(self, status: int) -> HyError:
         said = "\n".join(self.tail)

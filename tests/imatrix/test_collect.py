@@ -100,10 +100,11 @@ def process(*arguments: object) -> subprocess.Popen[str]:
 
 
 def interrupted(arguments: Sequence[object], part: Path, how: signal.Signals) -> tuple[int, str]:
-    """Start a collection and send it a signal as soon as something is saved."""
+    """Start a collection and send it a signal as soon as something is saved, and noted as what."""
     child = process(*arguments)
     deadline = time.monotonic() + 120
-    while not part.exists():
+    note = part.with_name(part.name + ".json")
+    while not (part.exists() and note.stat().st_size):
         assert child.poll() is None, child.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.001)
@@ -128,7 +129,7 @@ def test_the_same_command_goes_on(how: signal.Signals, tiny: Path, tmp_path: Pat
     status, err = interrupted(command, part, how)
     settled(part)
     assert status == (130 if how == signal.SIGINT else -how)
-    assert ("stopping after this chunk" in err) == (how == signal.SIGINT)
+    assert ("chunks are kept; the same command goes on" in err) == (how == signal.SIGINT)
     assert "Traceback" not in err
     assert not out.exists()
     done = files.read(part).n_chunks
@@ -142,6 +143,26 @@ def test_the_same_command_goes_on(how: signal.Signals, tiny: Path, tmp_path: Pat
     whole = tmp_path / "whole.gguf"
     assert hy_imatrix("collect", tiny, "-o", whole, *command[4:]) == 0
     assert same(files.read(out), files.read(whole))
+
+
+def test_ctrl_c_interrupts_nothing_but_the_tool(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes while we look at what the tool has said, not while we wait for more."""
+    words, out = tmp_path / "t.txt", tmp_path / "i.gguf"
+    words.write_text(text(FIRST, 1500 * N_CTX))
+    presses = iter((True,))
+
+    def detail(line: str) -> None:
+        if "done 3" in line and next(presses, False):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(passes.console, "detail", detail)
+    assert hy_imatrix("collect", tiny, "-o", out, "--text", words, "--no-template", *CHUNK) == 130
+    done = files.read(tmp_path / "i.gguf.part").n_chunks
+    assert 3 <= done < 1500
+    assert f"{done} of 1500 chunks are kept; the same command goes on" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_an_interrupted_run_of_something_else_is_refused_by_name(
