@@ -107,7 +107,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=0, help="0: what half of the free memory holds")
     parser.add_argument("--width", type=int, default=4096, help="n_embd [%(default)s]")
     parser.add_argument("--ff", type=int, default=3072, help="n_ff of an expert [%(default)s]")
-    parser.add_argument("--prompt", type=int, default=0, help="tokens [2048, with --card 4096]")
+    parser.add_argument("--prompt", type=int, default=USE.prompt, help="tokens [%(default)s]")
     parser.add_argument("--answer", type=int, default=48, help="tokens [%(default)s]")
     parser.add_argument("--ctx", type=int, default=8192, help="tokens [%(default)s]")
     parser.add_argument("--threads", type=numbers, default=[*{max(1, cores // 2), cores}], help="of the sweep")
@@ -115,7 +115,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=3, help="of ours and the others [%(default)s]")
     parser.add_argument("--work", type=Path, default=WORK, help="folder for the file [build/bench]")
     options = parser.parse_args()
-    options.prompt = options.prompt or (USE.prompt if options.card else 2048)
     options.ubatches = [n for n in options.ubatches if n <= options.prompt] or options.ubatches[:1]
     return options
 

@@ -21,7 +21,7 @@ BUILD_IT: Final = "run `hy-engine build`"
 BUILD_STOCK: Final = "run `hy-engine build --stock`"
 # Variables for every process that computes. GNU's OpenMP lets a thread spin 300,000 times, some milliseconds, for one
 # that another program keeps from running, at every one of a token's hundreds of barriers. A tenth of it is more than
-# twice as fast where every processor is busy, and lies between two numbers that cost nothing where nothing else runs.
+# twice as fast where every processor is busy, and costs nothing where nothing else runs (docs/log.md).
 WAITING: Final = {"GOMP_SPINCOUNT": "30000"}
 # The engine's tools read their options from these as well; what runs must be what the command line says.
 IGNORED_VARIABLES: Final = ("LLAMA_ARG_", "AIP_")

@@ -28,7 +28,7 @@ OVERRIDE_TAGS: dict[str, tuple[int, str, Callable[[str], Any]]] = {
     "bool": (2, "val_bool", "true".__eq__),
     "str": (3, "val_str", str.encode),
 }
-KV_TYPES = {"f32": 0, "f16": 1, "q8_0": 8, "bf16": 30}
+KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q5_1": 7, "q8_0": 8, "bf16": 30}
 
 
 class EngineRunError(Exception):

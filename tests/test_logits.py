@@ -49,6 +49,9 @@ F32_BOUND = 1e-9
 FLASH_BOUND = 1e-5
 # A cache of F16 and everything else in F32: 2e-7 here; with sums of values in F16, as stock's, 6e-6 to 1e-4.
 CACHE_BOUND = 1e-6
+# Of a quantized cache: 1.3e-4 to 1.4e-4 with Q8_0, where queries in Q8_0 and sums in F16, as stock's, make 2.1e-4 to
+# 2.4e-4; 6.5e-3 with Q5_1 and 3.4e-2 with Q4_0, which says that the right values are read.
+QUANTIZED_BOUNDS = {"q8_0": 1.7e-4, "q5_1": 8e-3, "q4_0": 4e-2}
 # BF16 products round every activation to 8 bits too: 1.0e-4 to 1.2e-4 over six seeds where all experts answer. (Where
 # some are chosen, a close choice that turns over costs up to 5e-3, which says nothing about the arithmetic.)
 BF16_BOUND = 1e-3
@@ -89,6 +92,27 @@ def test_one_token_attends_to_many(tmp_path: Path, changes: dict[str, Any]) -> N
     for n_threads in (1, 2, 3):
         (got,) = evaluate(gguf, [MANY_IDS], flash_attn=True, kv="f16", n_prompt=N_BEFORE, n_threads=n_threads)
         assert reference.kl(wanted, got[N_BEFORE:]) <= CACHE_BOUND
+
+
+# Tokens of a ubatch and threads: whole pieces of 64 and what is left over, for each thread some, and few tokens.
+@pytest.mark.parametrize(("n_ubatch", "n_threads"), [(150, 1), (150, 3), (20, 1)])
+@pytest.mark.parametrize("changes", ATTENDING.values(), ids=ATTENDING.keys())
+def test_many_tokens_attend_to_many(tmp_path: Path, changes: dict[str, Any], n_ubatch: int, n_threads: int) -> None:
+    checkpoint, gguf = converted(tmp_path, n_expert=4, n_expert_used=4, **changes)
+    wanted = reference.logits(checkpoint, MANY_IDS)
+    (got,) = evaluate(gguf, [MANY_IDS], flash_attn=True, kv="f16", n_ubatch=n_ubatch, n_threads=n_threads)
+    assert reference.kl(wanted, got) <= CACHE_BOUND
+
+
+@pytest.mark.parametrize("head_dim", [32, 128])
+@pytest.mark.parametrize("kv", QUANTIZED_BOUNDS)
+def test_attention_to_a_quantized_cache(tmp_path: Path, kv: str, head_dim: int) -> None:
+    checkpoint, gguf = converted(tmp_path, n_expert=4, n_expert_used=4, head_dim=head_dim)
+    wanted = reference.logits(checkpoint, MANY_IDS)
+    (many,) = evaluate(gguf, [MANY_IDS], flash_attn=True, kv=kv, n_ubatch=150)
+    assert reference.kl(wanted, many) <= QUANTIZED_BOUNDS[kv]
+    (one,) = evaluate(gguf, [MANY_IDS], flash_attn=True, kv=kv, n_prompt=N_BEFORE, n_threads=2)
+    assert reference.kl(wanted, one) <= QUANTIZED_BOUNDS[kv]
 
 
 def test_prompt_in_pieces(plain: tuple[Path, Array]) -> None:
