@@ -17,6 +17,7 @@ from gguf import GGUFReader
 from imatrix.reaching_model import FIRST, SECOND, text, write_reaching
 from tiny_model import N_EXPERT, N_EXPERT_USED, N_LAYER, write_model
 
+from hymoe import console
 from hymoe.convert import miniature
 from hymoe.convert.cli import main as hy_convert
 from hymoe.imatrix import coverage, files, model, passes, repair
@@ -157,7 +158,7 @@ def test_ctrl_c_interrupts_nothing_but_the_tool(
         if "done 3" in line and next(presses, False):
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(passes.console, "detail", detail)
+    monkeypatch.setattr(console, "detail", detail)
     assert hy_imatrix("collect", tiny, "-o", out, "--text", words, "--no-template", *CHUNK) == 130
     done = files.read(tmp_path / "i.gguf.part").n_chunks
     assert 3 <= done < 1500
