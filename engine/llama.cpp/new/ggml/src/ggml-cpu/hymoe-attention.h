@@ -24,7 +24,7 @@
 static constexpr int64_t HYMOE_ATTEND_DIMS  = 128; // of a head, at most
 static constexpr int64_t HYMOE_ATTEND_HEADS = 16;  // that share a key head, at most
 
-// Rows of the cache in a block, for one token's part and for a piece, and the tokens of a piece.
+// Rows of the cache in a block, for one token's part and for a piece, and a piece's tokens, at most.
 static constexpr int64_t HYMOE_TOKEN_ROWS    = 32;
 static constexpr int64_t HYMOE_PROMPT_ROWS   = 64;
 static constexpr int64_t HYMOE_PROMPT_TOKENS = 64;
@@ -305,15 +305,16 @@ static void hymoe_attend_tokens(
     }
 }
 
-static int64_t hymoe_n_pieces(const ggml_tensor * dst) {
-    const int64_t n_tokens = dst->src[0]->ne[1];
-    return (n_tokens + HYMOE_PROMPT_TOKENS - 1) / HYMOE_PROMPT_TOKENS * dst->src[1]->ne[2];
-}
-
-// Attends for all tokens, a piece of them and of the heads at a time, in `params->wdata`.
+// Attends for all tokens, a piece of them for one key head at a time, in `params->wdata`.
 static void hymoe_attend_prompt(const ggml_compute_params * params, const ggml_tensor * dst) {
     const int64_t n_tokens  = dst->src[0]->ne[1];
     const int64_t n_kv_head = dst->src[1]->ne[2];
+    const auto n_pieces = [&](int64_t size) { return (n_tokens + size - 1) / size * n_kv_head; };
+
+    int64_t size = HYMOE_PROMPT_TOKENS;
+    while (size > 1 && n_pieces(size) < params->nth) {
+        size /= 2;
+    }
 
     if (params->ith == 0) {
         ggml_threadpool_chunk_set(params->threadpool, params->nth);
@@ -322,9 +323,9 @@ static void hymoe_attend_prompt(const ggml_compute_params * params, const ggml_t
 
     float * memory = (float *) ((char *) params->wdata + params->ith * hymoe_attention_wsize(dst));
     // The last tokens see most: they come first, so that no thread is left with them at the end.
-    for (int64_t piece = hymoe_n_pieces(dst) - 1 - params->ith; piece >= 0;
-            piece = hymoe_n_pieces(dst) - 1 - ggml_threadpool_chunk_add(params->threadpool, 1)) {
-        const int64_t token = piece / n_kv_head * HYMOE_PROMPT_TOKENS;
-        hymoe_attend_tokens(dst, piece % n_kv_head, token, std::min(HYMOE_PROMPT_TOKENS, n_tokens - token), memory);
+    for (int64_t piece = n_pieces(size) - 1 - params->ith; piece >= 0;
+            piece = n_pieces(size) - 1 - ggml_threadpool_chunk_add(params->threadpool, 1)) {
+        const int64_t token = piece / n_kv_head * size;
+        hymoe_attend_tokens(dst, piece % n_kv_head, token, std::min(size, n_tokens - token), memory);
     }
 }
