@@ -49,19 +49,21 @@ def evaluate(
     n_seq: int = 1,
     repack: bool = True,
     watched: bool = False,
+    together: bool = False,
     overrides: Mapping[str, str] | None = None,
 ) -> list[NDArray[np.float32]]:
     """Give the logits [n_tokens, n_vocab] of each prompt, each evaluated in an empty context.
 
     `engine` is a folder of libraries (None: the one hymoe finds). Tokens from `n_prompt` on, where it is not 0, are
     decoded one by one. The first token is at `first_pos`, and every token belongs to `n_seq` sequences. `watched`:
-    a callback is told of every operation, as when an imatrix is collected. `overrides` are metadata keys as
+    a callback is told of every operation, as when an imatrix is collected. `together`: prompts of one length, each a
+    sequence of its own in one cache, all their first tokens before the second ones. `overrides` are metadata keys as
     llama.cpp's --override-kv writes them, "type:value". Raises EngineRunError where the process fails.
     """
     options = [f"--flash-attn={'on' if flash_attn else 'off'}", f"--kv={kv}", f"--n-threads={n_threads}"]
     options += [f"--n-ubatch={n_ubatch}", f"--repack={'on' if repack else 'off'}"]
     options += [f"--first-pos={first_pos}", f"--n-seq={n_seq}"]
-    options += [f"--n-prompt={n_prompt}", *(["--watched"] if watched else [])]
+    options += [f"--n-prompt={n_prompt}", *(["--watched"] if watched else []), *(["--together"] if together else [])]
     options += [f"--override={key}={value}" for key, value in (overrides or {}).items()]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "logits.npz"
@@ -136,6 +138,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--first-pos", type=int, default=0)
     parser.add_argument("--n-seq", type=int, default=1)
     parser.add_argument("--watched", action="store_true")
+    parser.add_argument("--together", action="store_true")
     parser.add_argument("--repack", choices=["on", "off"], default="on")
     parser.add_argument("--override", action="append", default=[], metavar="KEY=TYPE:VALUE")
     return parser.parse_args()
@@ -198,9 +201,10 @@ def _logits(
     longest = max(map(len, prompts))
     n_vocab = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
     params = llama.llama_context_default_params()
-    params.n_ctx = params.n_batch = longest
-    params.n_seq_max, params.kv_unified = options.n_seq, options.n_seq > 1
-    params.n_ubatch = min(options.n_ubatch, longest)
+    n_seq = len(prompts) if options.together else options.n_seq
+    params.n_ctx = params.n_batch = longest * len(prompts) if options.together else longest
+    params.n_seq_max, params.kv_unified = n_seq, n_seq > 1
+    params.n_ubatch = min(options.n_ubatch, params.n_batch)
     params.n_threads = params.n_threads_batch = options.n_threads
     params.type_k = params.type_v = KV_TYPES[options.kv]
     params.flash_attn_type = int(options.flash_attn == "on")
@@ -210,6 +214,8 @@ def _logits(
     context = llama.llama_init_from_model(model, params)
     if not context:
         raise SystemExit("no context")
+    if options.together:
+        return _together(llama, context, prompts, n_vocab)
     batch = llama.llama_batch_init(longest, 0, options.n_seq)
     found = []
     for ids in prompts:
@@ -224,6 +230,22 @@ def _logits(
             rows.append(flat.reshape(len(piece), n_vocab).copy())
         found.append(np.concatenate(rows))
     return found
+
+
+def _together(llama: Any, context: Any, prompts: list[list[int]], n_vocab: int) -> list[NDArray[np.float32]]:
+    n_seq = len(prompts)
+    batch = llama.llama_batch_init(sum(map(len, prompts)), 0, 1)
+    for pos, tokens in enumerate(zip(*prompts, strict=True)):
+        for seq, token in enumerate(tokens):
+            i = pos * n_seq + seq
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, pos, 1, True
+            batch.seq_id[i][0] = seq
+            batch.n_tokens = i + 1
+    if status := llama.llama_decode(context, batch):
+        raise SystemExit(f"llama_decode gave {status} for {n_seq} sequences")
+    flat = np.ctypeslib.as_array(llama.llama_get_logits(context), (batch.n_tokens * n_vocab,))
+    found = flat.reshape(-1, n_seq, n_vocab)
+    return [found[:, seq].copy() for seq in range(n_seq)]
 
 
 def _decode(llama: Any, context: Any, batch: Any, ids: list[int], start: int, *, n_seq: int) -> None:

@@ -94,8 +94,8 @@ def test_one_token_attends_to_many(tmp_path: Path, changes: dict[str, Any]) -> N
         assert reference.kl(wanted, got[N_BEFORE:]) <= CACHE_BOUND
 
 
-# Tokens of a ubatch and threads: whole pieces of 64 and what is left over, pieces of fewer so that each thread has some,
-# and fewer tokens than a piece.
+# Tokens of a ubatch and threads: whole pieces of 64 and what is left over; pieces of fewer, so that each thread has
+# some; and fewer tokens than a piece.
 @pytest.mark.parametrize(("n_ubatch", "n_threads"), [(150, 1), (150, 7), (20, 1)])
 @pytest.mark.parametrize("changes", ATTENDING.values(), ids=ATTENDING.keys())
 def test_many_tokens_attend_to_many(tmp_path: Path, changes: dict[str, Any], n_ubatch: int, n_threads: int) -> None:
@@ -103,6 +103,14 @@ def test_many_tokens_attend_to_many(tmp_path: Path, changes: dict[str, Any], n_u
     wanted = reference.logits(checkpoint, MANY_IDS)
     (got,) = evaluate(gguf, [MANY_IDS], flash_attn=True, kv="f16", n_ubatch=n_ubatch, n_threads=n_threads)
     assert reference.kl(wanted, got) <= CACHE_BOUND
+
+
+def test_each_sequence_attends_to_its_own(tmp_path: Path) -> None:
+    checkpoint, gguf = converted(tmp_path, n_expert=4, n_expert_used=4)
+    prompts = [MANY_IDS[at : at + 150] for at in (0, 200, 400)]
+    found = evaluate(gguf, prompts, flash_attn=True, kv="f16", n_ubatch=100, together=True)
+    for prompt, got in zip(prompts, found, strict=True):
+        assert reference.kl(reference.logits(checkpoint, prompt), got) <= CACHE_BOUND
 
 
 @pytest.mark.parametrize("head_dim", [32, 128])
