@@ -49,8 +49,8 @@ F32_BOUND = 1e-9
 FLASH_BOUND = 1e-5
 # A cache of F16 and everything else in F32: 2e-7 here; with sums of values in F16, as stock's, 6e-6 to 1e-4.
 CACHE_BOUND = 1e-6
-# Of a quantized cache: 1.3e-4 to 1.4e-4 with Q8_0, where queries in Q8_0 and sums in F16, as stock's, make 2.1e-4 to
-# 2.4e-4; 6.5e-3 with Q5_1 and 3.4e-2 with Q4_0, which says that the right values are read.
+# Of a quantized cache: 1.3e-4 to 1.4e-4 with Q8_0, where queries in Q8_0 too, as stock's, make 2.1e-4 to 2.4e-4;
+# 6.5e-3 with Q5_1 and 3.4e-2 with Q4_0, which says that the right values are read.
 QUANTIZED_BOUNDS = {"q8_0": 1.7e-4, "q5_1": 8e-3, "q4_0": 4e-2}
 # BF16 products round every activation to 8 bits too: 1.0e-4 to 1.2e-4 over six seeds where all experts answer. (Where
 # some are chosen, a close choice that turns over costs up to 5e-3, which says nothing about the arithmetic.)
